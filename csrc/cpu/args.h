@@ -1,0 +1,36 @@
+// What every kernel's arguments share. Sizes and strides are in elements, 64-bit; no torch header.
+#pragma once
+#include <cstdint>
+
+namespace fastattn {
+
+enum class Dtype { f32, bf16, f16 };
+
+// Calls function<T>(...) with T for the dtype.
+#define FASTATTN_DISPATCH(dtype, function, ...)             \
+  do {                                                      \
+    switch (dtype) {                                        \
+      case Dtype::f32: function<float>(__VA_ARGS__); break; \
+      case Dtype::bf16: function<bf16>(__VA_ARGS__); break; \
+      case Dtype::f16: function<fp16>(__VA_ARGS__); break;  \
+    }                                                       \
+  } while (0)
+
+// Where row r of a broadcast tensor starts, when the leading dimensions are counted as one.
+struct RowMap {
+  const void* data = nullptr;  // null: the tensor is absent
+  int dims = 0;
+  int64_t size[8], stride[8];  // of the leading dimensions; stride 0 where broadcast
+  int64_t col = 1;             // stride of the last dimension: 1, or 0 where broadcast
+
+  int64_t offset(int64_t row) const {
+    int64_t at = 0;
+    for (int d = dims - 1; d >= 0; --d) {
+      at += row % size[d] * stride[d];
+      row /= size[d];
+    }
+    return at;
+  }
+};
+
+}  // namespace fastattn

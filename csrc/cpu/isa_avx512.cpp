@@ -1,0 +1,18 @@
+// Every kernel for AVX512. The headers come first: their inline functions must stay baseline code.
+#include "kernels.h"
+#include "types.h"
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#define FASTATTN_ISA avx512
+#define FASTATTN_LANES 16
+#include "kernels-inl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

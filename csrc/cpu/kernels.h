@@ -1,0 +1,33 @@
+// The table of kernels, one for each instruction set. No torch header here or below.
+#pragma once
+#include "../common/parallel.h"
+#include "softmax.h"
+
+#define FASTATTN_STRING_(x) #x
+#define FASTATTN_STRING(x) FASTATTN_STRING_(x)
+
+namespace fastattn {
+
+struct Kernels {
+  const char* isa;
+  int lanes;
+  void (*softmax_fwd)(const SoftmaxArgs&);
+  void (*softmax_bwd)(const SoftmaxArgs&);
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+// The widest set that this processor runs, or the one that FASTATTN_ISA names. Chosen once.
+const Kernels& kernels();
+
+}  // namespace fastattn

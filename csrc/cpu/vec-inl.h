@@ -1,0 +1,153 @@
+// One float vector of the target's width, and the few operations that compilers lower badly.
+// FASTATTN_ISA (a namespace) and FASTATTN_LANES come from the isa_*.cpp that includes this.
+// Everything else in csrc/cpu is written on Vec and never names an instruction set.
+#include "types.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+#define FA_INLINE static inline __attribute__((always_inline))
+#define FA_UNROLL _Pragma("GCC unroll 16")
+
+constexpr int kLanes = FASTATTN_LANES;
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UVec __attribute__((vector_size(4 * kLanes)));
+typedef float VecUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInf = __builtin_inff();
+// exp2(x) is exactly 0 from here down, so -inf is a mask with no further test.
+constexpr float kExp2Zero = -127.f;
+
+FA_INLINE Vec splat(float x) { return x - Vec{}; }
+FA_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // -ffp-contract=fast fuses it
+
+// Both return b where either is NaN, as x86 does.
+#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+FA_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+FA_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif FASTATTN_LANES == 8 && defined(__AVX2__)
+FA_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+FA_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+FA_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+FA_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
+
+// Four partial results, then a tree: the order is fixed by kLanes alone.
+FA_INLINE float reduce_sum(Vec v) {
+  float lane[kLanes];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+FA_INLINE float reduce_max(Vec v) {
+  float lane[kLanes];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+  return lane[0];
+}
+
+// ---- memory: float, bfloat16 and float16 all become float vectors --------------------------
+
+FA_INLINE Vec load(const float* p) { return *(const VecUnaligned*)p; }
+FA_INLINE void store(float* p, Vec v) { *(VecUnaligned*)p = v; }
+
+#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+FA_INLINE UVec widen(const uint16_t* p) {
+  return (UVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+}
+FA_INLINE void narrow(uint16_t* p, UVec v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
+}
+#elif FASTATTN_LANES == 8 && defined(__AVX2__)
+FA_INLINE UVec widen(const uint16_t* p) {
+  return (UVec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+FA_INLINE void narrow(uint16_t* p, UVec v) {
+  const __m256i pairs = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  const __m256i joined = _mm256_permute4x64_epi64(pairs, 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(joined));
+}
+#else
+FA_INLINE UVec widen(const uint16_t* p) {
+  UVec v = {};
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+}
+FA_INLINE void narrow(uint16_t* p, UVec v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = (uint16_t)v[i];
+}
+#endif
+
+FA_INLINE Vec load(const bf16* p) { return (Vec)(widen(&p->bits) << 16); }
+FA_INLINE void store(bf16* p, Vec v) {
+  const UVec bits = (UVec)v;
+  const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  narrow(&p->bits, v == v ? rounded : (UVec)(IVec{} + 0x7fc0));
+}
+
+#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+FA_INLINE Vec load(const fp16* p) {
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+FA_INLINE void store(fp16* p, Vec v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif FASTATTN_LANES == 8 && defined(__F16C__)
+FA_INLINE Vec load(const fp16* p) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+FA_INLINE void store(fp16* p, Vec v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+FA_INLINE Vec load(const fp16* p) {
+  Vec v = {};
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+FA_INLINE void store(fp16* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+}
+#endif
+
+// The first n < kLanes entries; the other lanes read as `fill` and are not written. They go
+// through a buffer: a masked load would need one form an instruction set.
+template <class T>
+FA_INLINE Vec load_first(const T* p, int64_t n, float fill = 0.f) {
+  T lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) from_float(fill, lane + i);
+  __builtin_memcpy(lane, p, n * sizeof(T));
+  return load(lane);
+}
+template <class T>
+FA_INLINE void store_first(T* p, Vec v, int64_t n) {
+  T lane[kLanes];
+  store(lane, v);
+  __builtin_memcpy(p, lane, n * sizeof(T));
+}
+
+// ---- functions -----------------------------------------------------------------------------
+
+// 2^x to 2e-7 relative for x <= 127; NaN stays NaN; exactly 0 from kExp2Zero down, which holds
+// because the polynomial is exactly 1 at 0. Rounding by a magic number: 7 cycles for 8 floats.
+FA_INLINE Vec exp2(Vec x) {
+  x = max(splat(kExp2Zero), x);
+  const Vec magic = splat(12582912.f);
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);
+  Vec p = splat(1.326472725e-3f);
+  p = fma(p, f, splat(9.671512688e-3f));
+  p = fma(p, f, splat(5.550733744e-2f));
+  p = fma(p, f, splat(2.402224208e-1f));
+  p = fma(p, f, splat(6.931469776e-1f));
+  p = fma(p, f, splat(1.f));
+  return (Vec)((IVec)p + ((IVec)shifted << 23));
+}
+FA_INLINE Vec exp(Vec x) { return exp2(x * splat(kLog2e)); }
+
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,71 @@
+"""Builds fastattn._C: the CPU kernels, once an instruction set, and the operators over them.
+
+PyTorch's stable ABI and Python's limited API make one wheel serve every CPython from 3.10 and every
+torch from 2.10. Environment: CXX names the compiler, MAX_JOBS limits parallel compiles.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+PYTHON_ABI = "0x030A0000"  # CPython 3.10
+TORCH_ABI = "0x020a000000000000"  # torch 2.10; DESIGN: never above 2.11
+SOURCES = sorted(str(p.relative_to(ROOT)) for d in ("ops", "cpu") for p in ROOT.glob(f"csrc/{d}/*.cpp"))
+
+
+def require_compiler() -> None:
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in command):
+        raise SystemExit(
+            f"fastattn: no C++ compiler found (looked for {', '.join(command)}). Install one "
+            "(Debian: apt install g++; macOS: xcode-select --install) or name it in CXX."
+        )
+
+
+def extension() -> Extension:
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        "fastattn._C",
+        SOURCES,
+        depends=[str(p) for p in (ROOT / "csrc").rglob("*.h")],
+        extra_compile_args=[
+            "-O3",
+            "-std=c++20",
+            "-DTORCH_STABLE_ONLY",
+            f"-DTORCH_TARGET_VERSION={TORCH_ABI}",
+            "-fvisibility=hidden",
+            f"-ffile-prefix-map={ROOT}/=",  # error messages name files without the builder's folder
+            # a * b + c is one rounding on every instruction set that has FMA; nothing reads errno
+            # or floating-point traps
+            "-ffp-contract=fast",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+        ],
+        extra_link_args=[] if platform.system() == "Darwin" else ["-Wl,-s"],
+        py_limited_api=True,
+    )
+
+
+def commands() -> dict:
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
+        def run(self) -> None:
+            require_compiler()
+            super().run()
+            print(f"fastattn: built fastattn._C for the CPU from {len(SOURCES)} files; CUDA: no")
+
+    return {"build_ext": Build}
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass=commands(),
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
