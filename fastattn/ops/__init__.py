@@ -1,0 +1,1 @@
+"""Operators: checks, defaults and autograd over the backends. One file a family."""

@@ -1,0 +1,120 @@
+"""Which backend serves a call, and why the others do not: the library's only mutable state.
+
+A backend declares, an operator at a time, the features and dtypes that it honours. Anything outside
+them it declines in a sentence, so a new feature is refused everywhere until someone opts in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+# Where a tensor lies decides who is asked, in this order. A GPU's order is to be measured.
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+DEFAULT_ORDER = ("triton", "reference")
+
+ALL_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+KERNEL_FLOATS = ALL_FLOATS - {torch.float64}
+
+
+class Kernel(NamedTuple):
+    """One backend's implementation of one operator, and what it honours."""
+
+    forward: Callable[..., Any]
+    features: frozenset[str]
+    dtypes: frozenset[torch.dtype] = KERNEL_FLOATS
+    # (tensors, scalars) -> a sentence where it cannot serve, else None
+    declines: Callable[..., str | None] = lambda *arguments: None
+
+
+class Call(NamedTuple):
+    """What of a call decides who serves it."""
+
+    operator: str
+    device: str
+    dtype: torch.dtype
+    features: frozenset[str]
+    arguments: tuple[Any, ...]
+
+
+_kernels: dict[tuple[str, str], Kernel] = {}
+_unusable: dict[str, str] = {
+    "triton": "no Triton kernel is written yet",
+    "cuda": "no CUDA kernel is written yet",
+}
+_forced: str | None = None
+
+
+def register(operator: str, backend: str, kernel: Kernel) -> None:
+    _kernels[operator, backend] = kernel
+
+
+def mark_unusable(backend: str, reason: str) -> None:
+    """Says why a whole backend is missing: not built, not installed."""
+    _unusable[backend] = reason
+
+
+def choose(call: Call, backend: str | None = None) -> Kernel:
+    """The kernel that serves this call. Raises ValueError with everyone's reason if none does."""
+    wanted = backend or _forced
+    if wanted is not None:
+        check_name(wanted)
+    for name in (wanted,) if wanted else ORDER.get(call.device, DEFAULT_ORDER):
+        kernel = _kernels.get((call.operator, name))
+        if kernel is not None and reason_against(name, call) is None:
+            return kernel
+    names = (wanted,) if wanted else ORDER.get(call.device, DEFAULT_ORDER)
+    reasons = "; ".join(f"{name}: {reason_against(name, call)}" for name in names)
+    asked = f"backend {wanted!r}" if wanted else "no backend"
+    raise ValueError(f"{call.operator}: {asked} cannot take this call on {call.device}. {reasons}")
+
+
+def reason_against(name: str, call: Call) -> str | None:
+    """None if this backend serves the call, else the sentence that says why not."""
+    kernel = _kernels.get((call.operator, name))
+    if kernel is None:
+        return _unusable.get(name, f"{name} has no {call.operator}")
+    if call.dtype not in kernel.dtypes:
+        known = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
+        return f"{name} computes {known}, not {str(call.dtype).removeprefix('torch.')}"
+    missing = sorted(call.features - kernel.features)
+    if missing:
+        return f"{name} does not implement {', '.join(missing)}"
+    return kernel.declines(*call.arguments)
+
+
+def verdicts(call: Call) -> dict[str, str | None]:
+    """Every backend, in the order in which this device asks them -> None or its reason."""
+    order = ORDER.get(call.device, DEFAULT_ORDER)
+    return {name: reason_against(name, call) for name in order}
+
+
+def usable() -> dict[str, str | None]:
+    """Every backend -> None if it has kernels here, else why it has none."""
+    present = {backend for _, backend in _kernels}
+    return {name: None if name in present else _unusable.get(name, "not built") for name in BACKENDS}
+
+
+def check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Inside the block every operator of this process runs on `name`, or raises saying why not.
+
+    None gives the choice back to the library. An operator's own `backend=` goes before it.
+    """
+    global _forced
+    if name is not None:
+        check_name(name)
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
