@@ -15,7 +15,9 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).parent
 PYTHON_ABI = "0x030A0000"  # CPython 3.10
 TORCH_ABI = "0x020a000000000000"  # torch 2.10; DESIGN: never above 2.11
-SOURCES = sorted(str(p.relative_to(ROOT)) for d in ("ops", "cpu") for p in ROOT.glob(f"csrc/{d}/*.cpp"))
+SOURCES = sorted(
+    str(p.relative_to(ROOT)) for d in ("ops", "cpu") for p in ROOT.glob(f"csrc/{d}/*.cpp")
+)
 
 
 def require_compiler() -> None:

@@ -1,9 +1,31 @@
 """fastattn: fused attention, normalisation, softmax and cross-entropy for PyTorch."""
 
 from .ops import cpu as _cpu  # noqa: F401  (registers the C++ kernels)
+from .ops.activation import geglu, gelu, swiglu
+from .ops.attention import attention, attention_varlen, explain
+from .ops.backends import backends
+from .ops.cross_entropy import cross_entropy
+from .ops.norm import layer_norm, rms_norm
+from .ops.rotary import rotary
+from .ops.sdpa import scaled_dot_product_attention
 from .ops.softmax import softmax
 from .registry import use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["softmax", "use_backend"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "backends",
+    "cross_entropy",
+    "explain",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "rms_norm",
+    "rotary",
+    "scaled_dot_product_attention",
+    "softmax",
+    "swiglu",
+    "use_backend",
+]

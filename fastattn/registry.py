@@ -96,7 +96,9 @@ def verdicts(call: Call) -> dict[str, str | None]:
 def usable() -> dict[str, str | None]:
     """Every backend -> None if it has kernels here, else why it has none."""
     present = {backend for _, backend in _kernels}
-    return {name: None if name in present else _unusable.get(name, "not built") for name in BACKENDS}
+    return {
+        name: None if name in present else _unusable.get(name, "not built") for name in BACKENDS
+    }
 
 
 def check_name(name: str) -> None:

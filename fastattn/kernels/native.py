@@ -6,7 +6,7 @@ from __future__ import annotations
 def load() -> str | None:
     """None once the extension is loaded, else the sentence that says why it is not."""
     try:
-        from fastattn import _C  # noqa: F401
+        import fastattn._C  # noqa: F401
     except ImportError as error:
         return f"the extension fastattn._C is not there ({error}); install with: pip install ."
     return None
@@ -14,6 +14,6 @@ def load() -> str | None:
 
 def isa() -> str:
     """The instruction set that the CPU kernels run with: avx512, avx2 or generic."""
-    from fastattn import _C
+    import fastattn._C
 
-    return str(_C.isa())
+    return str(fastattn._C.isa())

@@ -60,7 +60,9 @@ def has_dims(operator: str, name: str, x: Tensor, *dims: int, layout: str) -> No
 def has_shape(operator: str, name: str, x: Tensor, *shapes: Sequence[int], layout: str) -> None:
     if all(tuple(x.shape) != tuple(shape) for shape in shapes):
         wanted = " or ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"{operator}: {name} must be {layout} = {wanted}, got {described(**{name: x})}")
+        raise ValueError(
+            f"{operator}: {name} must be {layout} = {wanted}, got {described(**{name: x})}"
+        )
 
 
 def is_bool(operator: str, **tensors: Tensor | None) -> None:
@@ -95,12 +97,13 @@ def in_range(operator: str, name: str, x: float, low: float, high: float = math.
     if not isinstance(x, (int, float)) or isinstance(x, bool):
         raise TypeError(f"{operator}: {name} must be a number, got {type(x).__name__}")
     if not low <= x <= high or not math.isfinite(x):
-        rule = f"in [{low:g}, {high:g}]" if high < math.inf else f"finite and at least {low:g}"
+        rule = f"in [{low:g}, {high:g}]" if high < math.inf else "finite"
+        rule += f" and at least {low:g}" if -math.inf < low and high == math.inf else ""
         raise ValueError(f"{operator}: {name} must be {rule}, got {x}")
 
 
 def is_finite(operator: str, name: str, x: float) -> None:
-    in_range(operator, name, x, -math.inf if isinstance(x, int) else -1.8e308)
+    in_range(operator, name, x, -math.inf)
 
 
 def one_of(operator: str, name: str, x: Any, choices: Sequence[Any]) -> None:
@@ -147,7 +150,9 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
     heads_divide(query.shape[1], key.shape[1], query=query, key=key)
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any
+) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         has_dims("attention", name, x, 3, layout="packed (total, H, D)")
     agree("D", 2, query=query, key=key)
@@ -182,7 +187,9 @@ def ascending(name: str, cu_seqlens: Tensor, total: int) -> None:
                 f"attention: {name} must start at 0 and not decrease: entry {at} is {after} after {before}"
             )
     if values[-1] != total:
-        raise ValueError(f"attention: {name} must end at the packed total {total}, got {values[-1]}")
+        raise ValueError(
+            f"attention: {name} must end at the packed total {total}, got {values[-1]}"
+        )
 
 
 def lengths_fit(key_lengths: Tensor, Sk: int) -> None:

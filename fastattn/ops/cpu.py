@@ -12,7 +12,9 @@ def bind() -> None:
     if missing:
         registry.mark_unusable("cpu", missing)
         return
-    registry.register("softmax", "cpu", registry.Kernel(softmax.OPERATOR.bind("cpu"), softmax.FEATURES))
+    registry.register(
+        "softmax", "cpu", registry.Kernel(softmax.OPERATOR.bind("cpu"), softmax.FEATURES)
+    )
 
 
 bind()

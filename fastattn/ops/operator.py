@@ -106,13 +106,13 @@ class Operator:
         inputs = [known[name] for name in self.inputs]
         wanted = [
             at for bit, at in enumerate(self.differentiable)
-            if inputs[at] is not None and known["needs"] >> bit & 1
+            if inputs[at] is not None and known.get("needs", -1) >> bit & 1
         ]  # fmt: skip
 
         def run(*values: Tensor) -> tuple[Tensor, ...]:
             return as_tuple(self.define(*replaced(inputs, wanted, values)))[: self.outputs]
 
-        outputs, pull = torch.func.vjp(run, *[inputs[at] for at in wanted])
+        outputs, pull = reverse(run, *[inputs[at] for at in wanted])
         grads = [known[f"d{name}"] for name in self.results[: self.outputs]]
         cotangents = tuple(
             torch.zeros_like(o) if g is None or g.numel() != o.numel() else g.to(o.dtype)
@@ -129,7 +129,9 @@ class Operator:
         for bit, at in enumerate(self.differentiable):
             # a backward that does not take the input itself takes the output in its shape
             x = known.get(self.inputs[at], known.get(self.results[0]))
-            results.append(torch.empty_like(x) if x is not None and needs >> bit & 1 else anchor.new_empty(0))
+            results.append(
+                torch.empty_like(x) if x is not None and needs >> bit & 1 else anchor.new_empty(0)
+            )
         return tuple(results) if len(results) > 1 else results[0]
 
 
@@ -186,7 +188,7 @@ class Primitive:
     ) -> list[Tensor | None]:
         """Gradients through the definition, at floating-point inputs that need one."""
         at = [i for i, x in enumerate(inputs) if needed[i] and is_floating(x)]
-        results, pull = torch.func.vjp(self.at(inputs, at), *[inputs[i] for i in at])
+        results, pull = reverse(self.at(inputs, at), *[inputs[i] for i in at])
         cotangents = tuple(
             torch.zeros_like(r) if g is None else g for g, r in zip(grads, results, strict=False)
         )
@@ -200,13 +202,15 @@ class Primitive:
         """
         at = [i for i, t in enumerate(tangents) if t is not None and is_floating(inputs[i])]
         primals = [inputs[i] for i in at]
-        outputs, pull = torch.func.vjp(self.at(inputs, at), *primals)
-        _, push = torch.func.vjp(lambda *c: pull(c), *[torch.zeros_like(o) for o in outputs])
+        outputs, pull = reverse(self.at(inputs, at), *primals)
+        _, push = reverse(lambda *c: pull(c), *[torch.zeros_like(o) for o in outputs])
         return push(tuple(tangents[i] for i in at))
 
     def at(self, inputs: Arguments, positions: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
         """The definition's differentiable outputs as a function of some inputs."""
-        return lambda *values: as_tuple(self.define(*replaced(inputs, positions, values)))[: self.outputs]
+        return lambda *values: as_tuple(self.define(*replaced(inputs, positions, values)))[
+            : self.outputs
+        ]
 
 
 class Transformable(torch.autograd.Function):
@@ -242,10 +246,14 @@ class Transformable(torch.autograd.Function):
         """One call an entry: a kernel is parallel inside, and every argument keeps its meaning."""
         slices = [
             Transformable.apply(
-                primitive, *[x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims[1:], strict=True)]
+                primitive,
+                *[
+                    x if d is None else x.select(d, i)
+                    for x, d in zip(inputs, in_dims[1:], strict=True)
+                ],
             )
             for i in range(info.batch_size)
-        ]  # fmt: skip
+        ]
         if isinstance(slices[0], Tensor):
             return torch.stack(slices), 0
         stacked = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
@@ -271,6 +279,14 @@ def saved(ctx: Any) -> tuple[Arguments, Arguments]:
     tensors = iter(ctx.saved_tensors)
     values = tuple(next(tensors) if other is None else other[0] for other in ctx.others)
     return values[: ctx.inputs], values[ctx.inputs :]
+
+
+def reverse(
+    function: Callable[..., Any], *primals: Tensor
+) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
+    """torch.func.vjp, whose outputs and pull-back nest under any other transformation."""
+    outputs, pull = torch.func.vjp(function, *primals)[:2]
+    return outputs, pull
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:

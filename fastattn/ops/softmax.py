@@ -49,7 +49,9 @@ def softmax(
     if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
         raise ValueError(f"softmax: dim must be a dimension of {checks.described(x=x)}, got {dim}")
     if causal and (x.dim() < 2 or dim % x.dim() != x.dim() - 1):
-        raise ValueError(f"softmax: causal needs rows and columns and dim=-1, got {checks.described(x=x)}, dim={dim}")
+        raise ValueError(
+            f"softmax: causal needs rows and columns and dim=-1, got {checks.described(x=x)}, dim={dim}"
+        )
     if mask is not None:
         checks.is_tensor("softmax", mask=mask)
         checks.is_bool("softmax", mask=mask)

@@ -59,7 +59,11 @@ def attention(
         q = query[starts_q[b] : starts_q[b + 1]].transpose(0, 1)[None]
         k = key[starts_k[b] : starts_k[b + 1]].transpose(0, 1)[None]
         v = value[starts_k[b] : starts_k[b + 1]].transpose(0, 1)[None]
-        slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+        slopes = (
+            alibi_slopes[b]
+            if alibi_slopes is not None and alibi_slopes.dim() == 2
+            else alibi_slopes
+        )
         first = torch.full((), b, device=query.device)
         out, lse = dense(
             q, k, v, None, None, slopes, sinks, None, philox, first, *spec, accumulate=accumulate
@@ -155,7 +159,9 @@ def diagonal_distance(query: Tensor, Sk: int, lengths: Tensor | None) -> Tensor:
     return i + (lengths[:, None, None, None] - Sq) - j
 
 
-def visible(distance: Tensor, causal: bool, window_left: int | None, window_right: int | None) -> Tensor:
+def visible(
+    distance: Tensor, causal: bool, window_left: int | None, window_right: int | None
+) -> Tensor:
     """Where a key is visible by position: causal is a right window of at most 0."""
     keep = torch.ones_like(distance, dtype=torch.bool)
     if causal:

@@ -1,6 +1,6 @@
 """Cross-entropy of logits with class targets, a row at a time; the reduction is the caller's.
 
-    loss = (1 - label_smoothing) * (lse - x[target]) + label_smoothing * (lse - mean(x)) + z_loss * lse^2
+loss = (1 - label_smoothing) * (lse - x[target]) + label_smoothing * (lse - mean(x)) + z_loss * lse^2
 """
 
 import torch

@@ -42,7 +42,9 @@ def norm(
         y = y * (weight.to(acc) + weight_offset)
     if bias is not None:
         y = y + bias.to(acc)
-    summed = z.to(x.dtype if residual is None else residual.dtype) if return_residual else z.new_empty(0)
+    summed = (
+        z.to(x.dtype if residual is None else residual.dtype) if return_residual else z.new_empty(0)
+    )
     stat = torch.promote_types(x.dtype, torch.float32)
     mean = z.new_empty(0) if rms else mean.squeeze(-1)
     return y.to(x.dtype), summed, mean.to(stat), rstd.squeeze(-1).to(stat)

@@ -20,7 +20,12 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> 
     for _ in range(ROUNDS):
         # the product is exact modulo 2^64, and both halves are masked, so int64's sign is harmless
         low, high = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (high >> 32 & LOW) ^ c1 ^ key0, high & LOW, (low >> 32 & LOW) ^ c3 ^ key1, low & LOW
+        c0, c1, c2, c3 = (
+            (high >> 32 & LOW) ^ c1 ^ key0,
+            high & LOW,
+            (low >> 32 & LOW) ^ c3 ^ key1,
+            low & LOW,
+        )
         key0, key1 = key0 + WEYL[0] & LOW, key1 + WEYL[1] & LOW
     return [c0, c1, c2, c3]
 

@@ -1,0 +1,30 @@
+"""What can run here: every backend with its version, or the reason why it cannot."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import registry
+from ..kernels import native
+
+
+class Backend(NamedTuple):
+    name: str
+    usable: bool
+    detail: str  # versions, or the reason why it is not usable
+
+
+def backends() -> list[Backend]:
+    """Every backend of the library: usable here or not, with versions or the reason."""
+    return [
+        Backend(name, reason is None, reason or version(name))
+        for name, reason in registry.usable().items()
+    ]
+
+
+def version(name: str) -> str:
+    if name == "cpu":
+        return f"C++ kernels for {native.isa()}, {torch.get_num_threads()} threads"
+    return f"PyTorch {torch.__version__}"

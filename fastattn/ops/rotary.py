@@ -1,0 +1,89 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..kernels import reference
+from . import checks, dispatch
+from .operator import Operator
+
+TABLES = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse"
+
+
+def turn_back(
+    dy: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *flags: bool
+) -> Tensor:
+    """The gradient of a rotation is the opposite rotation."""
+    interleaved, inverse = flags
+    return reference.rotary(dy, cos, sin, positions, interleaved, not inverse)
+
+
+OPERATOR = Operator(
+    "rotary",
+    f"(Tensor x, {TABLES}) -> Tensor y",
+    f"(Tensor dy, {TABLES}) -> Tensor dx",
+    differentiable=["x"],
+    define=reference.rotary,
+    define_backward=turn_back,
+    fake=lambda x, *rest: torch.empty_like(x),
+)
+FEATURES = frozenset({"positions", "table_gradient"})
+
+
+def definition(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *flags: Any
+) -> Tensor:
+    """The reference, after the check of the positions that kernels make themselves."""
+    if positions is not None and not torch.compiler.is_compiling():
+        checks.positions_fit(positions, cos.shape[0])
+    return reference.rotary(x, cos, sin, positions, *flags)
+
+
+registry.register("rotary", "reference", registry.Kernel(definition, FEATURES, registry.ALL_FLOATS))
+
+
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    positions: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Rotates channel pairs of x: (B, H, S, D) by the angles of each token's position.
+
+    cos, sin: (P, R / 2), R <= D; channels from R on pass through. positions: (S,) or (B, S) int, the
+    row of cos and sin for each token; None: 0 to S - 1. Pairs are (d, d + R / 2) as in GPT-NeoX and
+    Llama, or (2d, 2d + 1) as in GPT-J when interleaved. Su et al. 2021, arXiv:2104.09864.
+    """
+    checks.is_tensor("rotary", x=x, cos=cos, sin=sin)
+    checks.is_float("rotary", x=x, cos=cos, sin=sin)
+    checks.same_device("rotary", x=x, cos=cos, sin=sin, positions=positions)
+    checks.has_dims("rotary", "x", x, 4, layout="(B, H, S, D)")
+    checks.has_dims("rotary", "cos", cos, 2, layout="(P, R / 2)")
+    checks.has_shape("rotary", "sin", sin, cos.shape, layout="cos's shape")
+    B, _, S, D = x.shape
+    if 2 * cos.shape[1] > D:
+        raise ValueError(
+            f"rotary: cos has more than D / 2 columns: {checks.described(cos=cos, x=x)}"
+        )
+    if positions is None:
+        if cos.shape[0] < S:
+            raise ValueError(f"rotary: cos has fewer rows than S: {checks.described(cos=cos, x=x)}")
+    else:
+        checks.is_integer("rotary", positions=positions)
+        checks.has_shape("rotary", "positions", positions, (S,), (B, S), layout="(S,) or (B, S)")
+        positions = positions.long()[None] if positions.dim() == 1 else positions.long()
+    features = ["positions"] if positions is not None else []
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        features.append("table_gradient")
+    call = dispatch.request(
+        "rotary", x, features, (x, cos, sin, positions, bool(interleaved), False)
+    )
+    return dispatch.run(call, backend)
