@@ -1,0 +1,58 @@
+# make verify   install into .venv, build the extension, prove the numbers on this machine
+# make test     the same, and the tests;   make test-all   the slow ones too
+# make lint     what CI checks besides;    make format     what the machines settle
+# make clean    forget everything that was built
+#
+# TORCH chooses the torch to install, e.g. TORCH="torch --index-url ..." for a CUDA or ROCm build;
+# pip's own settings and environment are honoured. Nothing is downloaded or built twice.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+.PHONY: all verify test test-all lint format clean
+
+all: $(VENV)/.installed
+
+verify: $(VENV)/.installed
+	$(BIN)/fastattn verify
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastattn/_C*.so
+
+# torch goes first and alone, so that no other requirement chooses its build
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@echo "fastattn: installing $(TORCH)"
+	$(PIP) $(TORCH)
+	$(PIP) "setuptools>=77" wheel ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
+	@echo "fastattn: building the extension, about a minute"
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
