@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention
+from .checks import described
 
 
 def scaled_dot_product_attention(
@@ -32,7 +33,7 @@ def scaled_dot_product_attention(
         )
     lead = query.shape[:-2]
     if not enable_gqa:  # then torch broadcasts every leading dimension, heads too
-        lead = torch.broadcast_shapes(lead, key.shape[:-2], value.shape[:-2])
+        lead = broadcast_lead(query, key, value)
         query, key, value = (x.expand(*lead, *x.shape[-2:]) for x in (query, key, value))
     L, S = query.shape[-2], key.shape[-2]
     options: dict[str, Any] = {}
@@ -46,6 +47,17 @@ def scaled_dot_product_attention(
     query, key, value = (four_dims(x) for x in (query, key, value))
     out = attention(query, key, value, dropout_p=dropout_p, scale=scale, **options)
     return out.reshape(*lead, L, out.shape[-1])
+
+
+def broadcast_lead(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    except RuntimeError:
+        shapes = described(query=query, key=key, value=value)
+        raise RuntimeError(
+            f"scaled_dot_product_attention: leading dimensions must broadcast, got {shapes}; "
+            "grouped queries need enable_gqa=True"
+        ) from None
 
 
 def four_dims(x: Tensor) -> Tensor:
