@@ -4,7 +4,9 @@ from .ops import cpu as _cpu  # noqa: F401  (registers the C++ kernels)
 from .ops.activation import geglu, gelu, swiglu
 from .ops.attention import attention, attention_varlen, explain
 from .ops.backends import backends
+from .ops.cache import KVCache, attention_decode
 from .ops.cross_entropy import cross_entropy
+from .ops.merge import merge
 from .ops.norm import layer_norm, rms_norm
 from .ops.rotary import rotary
 from .ops.sdpa import scaled_dot_product_attention
@@ -14,7 +16,9 @@ from .registry import use_backend
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVCache",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "backends",
     "cross_entropy",
@@ -22,6 +26,7 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "merge",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",
