@@ -6,6 +6,7 @@ from .ops.attention import attention, attention_varlen, explain
 from .ops.backends import backends
 from .ops.cache import KVCache, attention_decode
 from .ops.cross_entropy import cross_entropy
+from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.merge import merge
 from .ops.norm import layer_norm, rms_norm
 from .ops.rotary import rotary
@@ -26,6 +27,7 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "merge",
     "rms_norm",
     "rotary",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,30 @@ OPERATOR = Operator(
     define=reference.cross_entropy,
     fake=fake,
 )
+
+
+class InPlace(torch.autograd.Function):
+    """Cross-entropy whose backward writes the gradient over the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, logits: Tensor, target: Tensor, *scalars: float) -> Any:
+        loss, lse = kernels.cross_entropy_fwd(logits, target, *scalars)
+        ctx.save_for_backward(target, lse)
+        ctx.logits, ctx.kernels, ctx.scalars = logits.detach(), kernels, scalars
+        ctx.mark_non_differentiable(lse)
+        return loss, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor, dlse: Tensor) -> Any:
+        if ctx.logits is None:
+            raise RuntimeError(
+                "cross_entropy: inplace_backward has used up the logits; a second backward needs them"
+            )
+        dlogits, ctx.logits = ctx.logits, None
+        ctx.kernels.cross_entropy_bwd_(dloss, dlogits, *ctx.saved_tensors, *ctx.scalars)
+        torch.autograd.graph.increment_version(dlogits)  # whoever saved the logits will be told
+        return None, dlogits, *[None] * (1 + len(ctx.scalars))
 
 
 def definition(
@@ -66,24 +92,40 @@ def cross_entropy(
     checks.is_tensor(name, logits=logits, target=target)
     checks.is_float(name, logits=logits)
     checks.same_device(name, logits=logits, target=target)
+    if logits.dim() == 0:
+        raise ValueError(f"{name}: logits must be (..., V), got {checks.described(logits=logits)}")
+    check_options(name, logits, target, label_smoothing, z_loss, reduction)
+    flat, rows = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    arguments = (flat, rows, int(ignore_index), float(label_smoothing), float(z_loss))
+    operator = "cross_entropy_inplace" if inplace_backward else name
+    loss, _ = dispatch.run(dispatch.request(operator, logits, [], arguments), backend)
+    return reduced(loss, target, ignore_index, reduction, logits)
+
+
+def check_options(
+    name: str, x: Tensor, target: Tensor, label_smoothing: float, z_loss: float, reduction: str
+) -> None:
+    """x is logits or hidden: target has its shape without the last dimension."""
     if target.dtype != torch.int64:
         raise TypeError(
             f"{name}: target must be int64 class indices, got {checks.dtype_name(target.dtype)}"
         )
-    if logits.dim() == 0:
-        raise ValueError(f"{name}: logits must be (..., V), got {checks.described(logits=logits)}")
-    checks.has_shape(name, "target", target, logits.shape[:-1], layout="logits' shape without V")
+    checks.has_shape(name, "target", target, x.shape[:-1], layout="one class for each row")
     checks.in_range(name, "label_smoothing", label_smoothing, 0, 1)
     checks.in_range(name, "z_loss", z_loss, 0)
     checks.one_of(name, "reduction", reduction, ("mean", "sum", "none"))
-    flat, rows = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    arguments = (flat, rows, int(ignore_index), float(label_smoothing), float(z_loss))
-    features = ["inplace_backward"] if inplace_backward else []
-    loss, _ = dispatch.run(dispatch.request(name, logits, features, arguments), backend)
+
+
+def reduced(
+    loss: Tensor, target: Tensor, ignore_index: int, reduction: str, like: Tensor
+) -> Tensor:
+    """Losses of rows, fp32 -> the result, in like's dtype unless autocast is on."""
     if reduction == "none":
         loss = loss.reshape(target.shape)
     else:
         loss = loss.sum()
         if reduction == "mean":
-            loss = loss / (rows != ignore_index).sum()
-    return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
+            loss = loss / (target != ignore_index).sum()
+    return loss if torch.is_autocast_enabled(like.device.type) else loss.to(like.dtype)

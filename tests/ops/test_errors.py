@@ -127,7 +127,7 @@ OTHERS = [
     (lambda: fa.cross_entropy(X, torch.zeros(3)),
      "cross_entropy: target must be int64 class indices, got float32"),
     (lambda: fa.cross_entropy(X, torch.zeros(2).long()),
-     "cross_entropy: target must be logits' shape without V = (3,), got target (2,)"),
+     "cross_entropy: target must be one class for each row = (3,), got target (2,)"),
     (lambda: fa.cross_entropy(X, torch.tensor([0, 6, 1])),
      "cross_entropy: target 6 at row 1 is outside [0, 6) and is not ignore_index -100"),
     (lambda: fa.cross_entropy(X, torch.tensor([0, -1, 1]), backend="reference"),

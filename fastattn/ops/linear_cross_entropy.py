@@ -1,0 +1,107 @@
+"""Cross-entropy of a linear layer's output, without ever holding the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..kernels.reference.linear_cross_entropy import linear_cross_entropy as definition
+from . import checks, cross_entropy, dispatch
+from .operator import Operator
+
+INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
+AHEAD = "Tensor ahead_hidden, Tensor ahead_weight, Tensor ahead_bias"
+# ahead: bits of (hidden, weight, bias) whose gradients of the summed loss the forward computes
+SCALARS = f"{cross_entropy.SCALARS}, int ahead"
+
+
+def fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *scalars: int
+) -> tuple[Tensor, ...]:
+    ahead = scalars[-1]
+    gradients = (
+        torch.empty_like(x) if x is not None and ahead >> bit & 1 else hidden.new_empty(0)
+        for bit, x in enumerate((hidden, weight, bias))
+    )
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), *gradients
+
+
+OPERATOR = Operator(
+    "linear_cross_entropy",
+    f"({INPUTS}, {SCALARS}) -> (Tensor loss, {AHEAD})",
+    f"(Tensor dloss, {INPUTS}, {AHEAD}, {SCALARS}, int needs) -> "
+    "(Tensor dhidden, Tensor dweight, Tensor dbias)",
+    differentiable=["hidden", "weight", "bias"],
+    outputs=1,
+    define=definition,
+    fake=fake,
+)
+FEATURES = frozenset({"bias"})
+
+
+def checked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *scalars: float
+) -> object:
+    """The reference, after the check of the targets that kernels make themselves."""
+    if not torch.compiler.is_compiling():
+        checks.targets_fit(target, weight.shape[0], int(scalars[0]))
+    return definition(hidden, weight, bias, target, *scalars)  # type: ignore[arg-type]
+
+
+registry.register(
+    "linear_cross_entropy", "reference", registry.Kernel(checked, FEATURES, registry.ALL_FLOATS)
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """cross_entropy(hidden @ weight^T + bias, target) in chunks of rows.
+
+    hidden: (..., E), weight: (V, E) as torch.nn.Linear stores it, bias: (V,), target: (...) int64.
+    Options, result and errors as in cross_entropy; the loss has hidden's dtype. At most 51 MB of
+    logits exist at a time. The products are torch's, so bits may depend on its number of threads.
+    Wijmans et al. 2024, arXiv:2411.09009.
+    """
+    name = "linear_cross_entropy"
+    checks.is_tensor(name, hidden=hidden, weight=weight, target=target)
+    hidden, weight, bias = dispatch.autocast(hidden, weight, bias)
+    checks.is_float(name, hidden=hidden, weight=weight, bias=bias)
+    checks.same_dtype(name, hidden=hidden, weight=weight)
+    checks.same_device(name, hidden=hidden, weight=weight, bias=bias, target=target)
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: hidden must be (..., E) and weight (V, E), got "
+            f"{checks.described(hidden=hidden, weight=weight)}"
+        )
+    if bias is not None:
+        checks.has_shape(name, "bias", bias, weight.shape[:1], layout="(V,)")
+    cross_entropy.check_options(name, hidden, target, label_smoothing, z_loss, reduction)
+    flat, rows = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    ahead = 0
+    if reduction != "none" and torch.is_grad_enabled():
+        inputs = (hidden, weight, bias)
+        ahead = sum((x is not None and x.requires_grad) << bit for bit, x in enumerate(inputs))
+    arguments = (
+        flat,
+        weight,
+        bias,
+        rows,
+        int(ignore_index),
+        float(label_smoothing),
+        float(z_loss),
+        ahead,
+    )
+    features = [] if bias is None else ["bias"]
+    loss, *_ = dispatch.run(dispatch.request(name, hidden, features, arguments), backend)
+    return cross_entropy.reduced(loss, target, ignore_index, reduction, hidden)
