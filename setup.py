@@ -48,6 +48,7 @@ def extension() -> Extension:
             "-ffp-contract=fast",
             "-fno-math-errno",
             "-fno-trapping-math",
+            "-Wno-psabi",  # vectors are passed between inlined functions only
         ],
         extra_link_args=[] if platform.system() == "Darwin" else ["-Wl,-s"],
         py_limited_api=True,

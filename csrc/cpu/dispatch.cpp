@@ -1,43 +1,65 @@
-// Which instruction set serves this process: the widest one the processor has, or FASTATTN_ISA.
+// Which instruction set serves this process: the widest one that the processor has, unless
+// FASTATTN_ISA or use_isa() names another.
+#include "dispatch.h"
+
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels.h"
-
 namespace fastattn {
 
-static const Kernels* candidates[] = {
 #if defined(__x86_64__)
-    &avx512::kernels,
-    &avx2::kernels,
+static bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+static bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
-    &generic::kernels,
+static bool always() { return true; }
+
+// In the order of preference. generic16 is never chosen by itself: it is AVX-512's 16 lanes in
+// baseline instructions, so that the logic of that width is testable on any machine.
+static const Isa isas[] = {
+#if defined(__x86_64__)
+    {&avx512::kernels, has_avx512},
+    {&avx2::kernels, has_avx2},
+#endif
+    {&generic::kernels, always},
+    {&generic16::kernels, always},
 };
 
-static bool runs_here(const Kernels& set) {
-#if defined(__x86_64__)
-  if (&set == &avx2::kernels)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (&set == &avx512::kernels)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
+static std::atomic<const Kernels*> chosen{nullptr};
+
+const Isa* find_isa(const char* name) {
+  for (const Isa& isa : isas)
+    if (std::strcmp(isa.kernels->isa, name) == 0) return &isa;
+  return nullptr;
+}
+
+const Isa* begin_isas() { return isas; }
+const Isa* end_isas() { return isas + sizeof isas / sizeof isas[0]; }
+
+bool use_isa(const char* name) {
+  const Isa* isa = find_isa(name);
+  if (isa == nullptr || !isa->runs_here()) return false;
+  chosen = isa->kernels;
   return true;
 }
 
-static const Kernels& choose() {
+bool choose_isa() {
   const char* wanted = std::getenv("FASTATTN_ISA");
-  if (wanted != nullptr)
-    for (const Kernels* set : candidates)
-      if (std::strcmp(set->isa, wanted) == 0 && runs_here(*set)) return *set;
-  for (const Kernels* set : candidates)
-    if (runs_here(*set)) return *set;
-  return generic::kernels;
+  if (wanted != nullptr && *wanted != 0) return use_isa(wanted);
+  for (const Isa& isa : isas)
+    if (isa.runs_here()) {
+      chosen = isa.kernels;
+      return true;
+    }
+  return false;
 }
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
-}
+const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed); }
 
 }  // namespace fastattn

@@ -18,6 +18,9 @@ struct Kernels {
 namespace generic {
 extern const Kernels kernels;
 }
+namespace generic16 {
+extern const Kernels kernels;
+}
 #if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels kernels;
@@ -27,7 +30,7 @@ extern const Kernels kernels;
 }
 #endif
 
-// The widest set that this processor runs, or the one that FASTATTN_ISA names. Chosen once.
+// The set in use (dispatch.h).
 const Kernels& kernels();
 
 }  // namespace fastattn

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 
-#include "../cpu/kernels.h"
+#include "../cpu/dispatch.h"
 
 namespace fastattn {
 
@@ -42,11 +42,42 @@ float* thread_scratch(int slot, int64_t floats) {
 
 }  // namespace fastattn
 
-// Importing fastattn._C loads the operators; what the module itself offers is isa().
+// Importing fastattn._C loads the operators. The module itself tells and sets the instruction set.
 static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastattn::kernels().isa); }
+
+static PyObject* isas(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (const fastattn::Isa* each = fastattn::begin_isas(); each != fastattn::end_isas(); ++each) {
+    PyObject* row = Py_BuildValue(
+        "(siO)", each->kernels->isa, each->kernels->lanes, each->runs_here() ? Py_True : Py_False);
+    PyList_Append(list, row);
+    Py_DECREF(row);
+  }
+  return list;
+}
+
+static PyObject* use_isa(PyObject*, PyObject* name) {
+  PyObject* bytes = PyUnicode_AsUTF8String(name);
+  if (bytes == nullptr) return nullptr;
+  const bool done = fastattn::use_isa(PyBytes_AsString(bytes));
+  Py_DECREF(bytes);
+  return PyBool_FromLong(done);
+}
+
 static PyMethodDef methods[] = {
-    {"isa", isa, METH_NOARGS, "The instruction set that the CPU kernels use."}, {}};
+    {"isa", isa, METH_NOARGS, "The instruction set in use."},
+    {"isas", isas, METH_NOARGS, "[(name, lanes, whether this processor runs it)]."},
+    {"use_isa", use_isa, METH_O, "Uses another set from now on; False where it cannot."},
+    {}};
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
+
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  if (!fastattn::choose_isa()) {
+    PyErr_Format(
+        PyExc_ImportError,
+        "FASTATTN_ISA=%s is not an instruction set that was built and runs on this processor",
+        std::getenv("FASTATTN_ISA"));
+    return nullptr;
+  }
   return PyModule_Create(&module);
 }

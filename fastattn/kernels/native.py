@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class InstructionSet(NamedTuple):
+    name: str
+    lanes: int  # floats in a vector
+    runs_here: bool
+
 
 def load() -> str | None:
     """None once the extension is loaded, else the sentence that says why it is not."""
     try:
         import fastattn._C  # noqa: F401
     except ImportError as error:
-        return f"the extension fastattn._C is not there ({error}); install with: pip install ."
+        return (
+            f"the extension fastattn._C could not be loaded ({error}); install with: pip install ."
+        )
     return None
 
 
 def isa() -> str:
-    """The instruction set that the CPU kernels run with: avx512, avx2 or generic."""
+    """The instruction set that the CPU kernels use."""
     import fastattn._C
 
     return str(fastattn._C.isa())
+
+
+def isas() -> list[InstructionSet]:
+    """Every instruction set that was built, in the order of preference."""
+    import fastattn._C
+
+    return [InstructionSet(*row) for row in fastattn._C.isas()]
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Inside the block the CPU kernels of this process use another instruction set."""
+    import fastattn._C
+
+    before = isa()
+    if not fastattn._C.use_isa(name):
+        known = ", ".join(i.name for i in isas() if i.runs_here)
+        raise ValueError(f"instruction set must be one that runs here ({known}), got {name!r}")
+    try:
+        yield
+    finally:
+        fastattn._C.use_isa(before)
