@@ -1,5 +1,6 @@
 # make verify   install into .venv, build the extension, prove the numbers on this machine
 # make test     the same, and the tests;   make test-all   the slow ones too
+# make sanitize the tests again, on an extension built with the address and undefined sanitizers
 # make lint     what CI checks besides;    make format     what the machines settle
 # make clean    forget everything that was built
 #
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: all verify test test-all lint format clean
+.PHONY: all verify test test-all sanitize lint format clean
 
 all: $(VENV)/.installed
 
@@ -25,6 +26,13 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# leaks are Python's own; the stack is the tests'; torch itself is not instrumented
+sanitize: $(VENV)/.dev
+	FASTATTN_SANITIZE=1 $(PIP) --no-build-isolation --no-deps --upgrade --target build/sanitize .
+	cd build/sanitize && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(abspath $(BIN))/python -m pytest $(CURDIR)/tests -m "not slow" -p no:cacheprovider
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

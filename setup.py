@@ -1,7 +1,8 @@
 """Builds fastattn._C: the CPU kernels, once an instruction set, and the operators over them.
 
 PyTorch's stable ABI and Python's limited API make one wheel serve every CPython from 3.10 and every
-torch from 2.10. Environment: CXX names the compiler, MAX_JOBS limits parallel compiles.
+torch from 2.10. Environment: CXX names the compiler, MAX_JOBS limits parallel compiles, and
+FASTATTN_SANITIZE=1 adds the address and undefined-behaviour sanitizers (make sanitize).
 """
 
 import os
@@ -18,6 +19,10 @@ TORCH_ABI = "0x020a000000000000"  # torch 2.10; DESIGN: never above 2.11
 SOURCES = sorted(
     str(p.relative_to(ROOT)) for d in ("ops", "cpu") for p in ROOT.glob(f"csrc/{d}/*.cpp")
 )
+
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+SANITIZE = SANITIZE if os.environ.get("FASTATTN_SANITIZE") == "1" else []
 
 
 def require_compiler() -> None:
@@ -49,8 +54,9 @@ def extension() -> Extension:
             "-fno-math-errno",
             "-fno-trapping-math",
             "-Wno-psabi",  # vectors are passed between inlined functions only
+            *SANITIZE,
         ],
-        extra_link_args=[] if platform.system() == "Darwin" else ["-Wl,-s"],
+        extra_link_args=SANITIZE or ([] if platform.system() == "Darwin" else ["-Wl,-s"]),
         py_limited_api=True,
     )
 
@@ -59,6 +65,11 @@ def commands() -> dict:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if SANITIZE:
+                self.build_temp += "-sanitize"  # objects of the two builds do not mix
+
         def run(self) -> None:
             require_compiler()
             super().run()
