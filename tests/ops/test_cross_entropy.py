@@ -1,0 +1,118 @@
+"""cross_entropy in place, and linear_cross_entropy in chunks, against torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn as fa
+from fastattn.kernels import chunked
+
+torch.manual_seed(0)
+R, E, V = 37, 16, 50
+HIDDEN, WEIGHT, BIAS = torch.randn(R, E), torch.randn(V, E), torch.randn(V)
+TARGET = torch.randint(0, V, (R,))
+TARGET[3] = -100
+
+
+def test_in_place_gradient_takes_the_logits_memory():
+    logits = torch.randn(R, V, requires_grad=True)
+    x = logits * 1.0
+    loss = fa.cross_entropy(x, TARGET, label_smoothing=0.1, inplace_backward=True)
+    gradient = []
+    x.register_hook(gradient.append)
+    loss.backward()
+    assert gradient[0].data_ptr() == x.data_ptr()
+    wanted = torch.autograd.grad(F.cross_entropy(logits, TARGET, label_smoothing=0.1), logits)[0]
+    torch.testing.assert_close(logits.grad, wanted, atol=1e-7, rtol=1e-5)
+
+
+def test_in_place_tells_whoever_else_saved_the_logits():
+    x = torch.randn(R, V, requires_grad=True) * 1.0
+    loss = fa.cross_entropy(x, TARGET, inplace_backward=True)
+    other = x.sigmoid().sum() + x.square().sum()  # square saves x
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward([loss, other])
+        loss.backward()
+
+
+def test_in_place_serves_one_backward():
+    x = torch.randn(R, V, requires_grad=True) * 1.0
+    loss = fa.cross_entropy(x, TARGET, inplace_backward=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace_backward has used up the logits"):
+        loss.backward()
+
+
+def test_inputs_stay_unchanged_unless_asked():
+    x = torch.randn(R, V, requires_grad=True)
+    before = x.detach().clone()
+    fa.cross_entropy(x, TARGET).backward()
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["", "bias"])
+@pytest.mark.parametrize("chunk", [chunked.CHUNK, 20 * V])
+def test_linear_cross_entropy(reduction, bias, chunk, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK", chunk)  # 37 rows: one chunk, or 20 and 17
+    inputs = [x.clone().requires_grad_() for x in (HIDDEN, WEIGHT, bias) if x is not None]
+    weights = torch.rand(R) if reduction == "none" else torch.tensor(3.0)
+
+    def ours(hidden, weight, *b):
+        return fa.linear_cross_entropy(
+            hidden,
+            weight,
+            TARGET,
+            bias=b[0] if b else None,
+            label_smoothing=0.1,
+            reduction=reduction,
+        )
+
+    def theirs(hidden, weight, *b):
+        return F.cross_entropy(
+            F.linear(hidden, weight, *b), TARGET, label_smoothing=0.1, reduction=reduction
+        )
+
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    torch.testing.assert_close(ours(*inputs).double(), theirs(*doubles), atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad((ours(*inputs) * weights).sum(), inputs)
+    wanted = torch.autograd.grad((theirs(*doubles) * weights).sum(), doubles)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_cross_entropy_in_16_bits(dtype):
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (HIDDEN, WEIGHT))
+    loss = fa.linear_cross_entropy(hidden, weight, TARGET)
+    naive = F.cross_entropy(F.linear(hidden, weight), TARGET)
+    truth = F.cross_entropy(F.linear(hidden.double(), weight.double()), TARGET)
+    assert abs(loss - truth) <= 2 * abs(naive - truth) + 1e-2
+    for a, b in zip(
+        *(torch.autograd.grad(x, (hidden, weight)) for x in (loss, truth)), strict=True
+    ):
+        assert a.dtype == dtype and (a.double() - b.double()).abs().max() < 1e-2 * (
+            1 + b.abs().max()
+        )
+
+
+def test_linear_cross_entropy_without_gradients_computes_none():
+    loss = fa.linear_cross_entropy(HIDDEN, WEIGHT, TARGET)
+    torch.testing.assert_close(loss, F.cross_entropy(HIDDEN @ WEIGHT.t(), TARGET))
+    with pytest.raises(
+        ValueError, match=r"hidden must be \(..., E\) and weight \(V, E\), got hidden \(37, 16\)"
+    ):
+        fa.linear_cross_entropy(HIDDEN, WEIGHT.t(), TARGET)
+
+
+def test_linear_cross_entropy_compiles_and_has_second_derivatives():
+    hidden, weight = (x.double().requires_grad_() for x in (HIDDEN, WEIGHT))
+    call = lambda h, w: fa.linear_cross_entropy(h, w, TARGET)  # noqa: E731
+    first = torch.autograd.grad(call(hidden, weight), (hidden, weight), create_graph=True)
+    torch.autograd.grad(sum(g.square().sum() for g in first), (hidden, weight))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    small = [x.float().detach().requires_grad_() for x in (hidden, weight)]
+    torch.testing.assert_close(compiled(*small), call(*small))
+    found = torch.autograd.grad(compiled(*small), small)
+    for a, b in zip(found, first, strict=True):
+        torch.testing.assert_close(a.double(), b.detach(), atol=1e-5, rtol=1e-5)
