@@ -1,6 +1,10 @@
 // The table of one instruction set: the bodies, then a row of pointers to them.
 #include "vec-inl.h"
 //
+#include "attention_tiles-inl.h"
+#include "attention_scores-inl.h"
+#include "attention_fwd-inl.h"
+#include "attention_bwd-inl.h"
 #include "softmax-inl.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -8,6 +12,10 @@ namespace fastattn::FASTATTN_ISA {
 const Kernels kernels = {
     .isa = FASTATTN_STRING(FASTATTN_ISA),
     .lanes = kLanes,
+    .attention_fwd = attention_fwd,
+    .attention_bwd = attention_bwd,
+    .attention_blocks = attention_blocks,
+    .attention_chunks = attention_chunks,
     .softmax_fwd = softmax_fwd,
     .softmax_bwd = softmax_bwd,
 };

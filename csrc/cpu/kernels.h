@@ -1,6 +1,7 @@
 // The table of kernels, one for each instruction set. No torch header here or below.
 #pragma once
 #include "../common/parallel.h"
+#include "attention.h"
 #include "softmax.h"
 
 #define FASTATTN_STRING_(x) #x
@@ -11,6 +12,10 @@ namespace fastattn {
 struct Kernels {
   const char* isa;
   int lanes;
+  void (*attention_fwd)(const AttentionArgs&);
+  void (*attention_bwd)(const AttentionArgs&, const AttentionGradients&);
+  int64_t (*attention_blocks)(int64_t Sq);
+  int64_t (*attention_chunks)(int64_t Sk);
   void (*softmax_fwd)(const SoftmaxArgs&);
   void (*softmax_bwd)(const SoftmaxArgs&);
 };

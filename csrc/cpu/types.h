@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -29,6 +31,7 @@ inline uint32_t float_to_bits(float x) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(uint8_t x) { return x; }
 inline float to_float(bf16 x) { return bits_to_float((uint32_t)x.bits << 16); }
 inline float to_float(fp16 x) {
   const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16;

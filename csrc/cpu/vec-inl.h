@@ -115,6 +115,18 @@ FA_INLINE void store(fp16* p, Vec v) {
 }
 #endif
 
+FA_INLINE Vec load(const uint8_t* p) {
+#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif FASTATTN_LANES == 8 && defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  Vec v = {};
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // The first n < kLanes entries; the other lanes read as `fill` and are not written. They go
 // through a buffer: a masked load would need one form an instruction set.
 template <class T>

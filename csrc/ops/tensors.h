@@ -39,4 +39,12 @@ inline RowMap row_map(const OptionalTensor& x) {
   return map;
 }
 
+inline Tensor fp32(const Tensor& x) {
+  return torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
+}
+
+inline Tensor with_contiguous_rows(const Tensor& x) {
+  return x.size(-1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+}
+
 }  // namespace fastattn

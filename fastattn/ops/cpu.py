@@ -12,7 +12,7 @@ from . import activation, attention, cross_entropy, linear_cross_entropy, norm, 
 from .operator import Operator
 
 KERNELS: list[tuple[Operator, frozenset[str]]] = [
-    (attention.OPERATOR, frozenset({"causal", "window", "mask", "bias", "key_lengths"})),
+    (attention.OPERATOR, attention.FEATURES),
     (norm.OPERATOR, norm.FEATURES),
     (softmax.OPERATOR, softmax.FEATURES),
     (cross_entropy.OPERATOR, frozenset()),

@@ -11,7 +11,7 @@ definition, not a kernel.
 import torch
 from torch import Tensor
 
-from .philox import keep_mask
+from .philox import keep_mask, keep_scale
 
 
 def attention(
@@ -145,7 +145,7 @@ def dense(
         i = torch.arange(Sq, device=query.device)
         planes = torch.arange(B * Hq, device=query.device).reshape(B, Hq, 1) + first * Hq
         kept = keep_mask(i, planes, Sk, philox, dropout_p)
-        weights = torch.where(kept, weights / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
+        weights = torch.where(kept, weights * keep_scale(dropout_p), 0.0)
     return (weights @ v).to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
 
 

@@ -7,7 +7,7 @@ rms: mean is 0 and rstd = 1 / sqrt(mean(z^2) + eps). Zhang and Sennrich 2019 for
 import torch
 from torch import Tensor
 
-from .philox import keep_mask
+from .philox import keep_mask, keep_scale
 
 
 def norm(
@@ -31,7 +31,7 @@ def norm(
     if dropout_p and philox is not None:
         rows = torch.arange(x[..., 0].numel(), device=x.device).reshape(x.shape[:-1])
         kept = keep_mask(rows, torch.zeros_like(rows), x.shape[-1], philox, dropout_p)
-        z = torch.where(kept, z / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
+        z = torch.where(kept, z * keep_scale(dropout_p), 0.0)
     if residual is not None:
         z = z + residual.to(acc)
     mean = z.new_zeros(()) if rms else z.mean(-1, keepdim=True)

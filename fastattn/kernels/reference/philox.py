@@ -40,3 +40,8 @@ def keep_mask(rows: Tensor, planes: Tensor, columns: int, philox: Tensor, p: flo
     words = philox4x32((quads, rows[..., None], planes[..., None], offset), philox[0])
     flat = torch.stack(torch.broadcast_tensors(*words), -1).flatten(-2)[..., :columns]
     return flat >= int(p * 2**32)
+
+
+def keep_scale(p: float) -> float:
+    """What a kept weight is multiplied by: p = 1 drops everything, so 0."""
+    return 1 / (1 - p) if p < 1 else 0.0

@@ -1,0 +1,430 @@
+// Attention backward. With P = exp(score - lse), dP = dropout(dO V^T) and delta = sum(dO * O) -
+// dlse:
+//   dS = P * (dP - delta);  dV = dropout(P)^T dO;  dK = scale dS^T Q;  dQ = scale dS K
+//
+// A task is a chunk of keys of one key/value head: it owns that chunk's dK and dV and walks all
+// queries that see it. Its share of dQ is added in the order of the chunks: a counter for every
+// block of queries says whose turn it is. So few heads feed many threads, no memory grows with Sq *
+// Sk, and the sums have one order. Tasks are taken in order, hence the chunk that is waited for has
+// always been taken.
+
+namespace fastattn::FASTATTN_ISA {
+
+constexpr int64_t kChunkKeys = 256;  // dK, dV and fp32 K, V: 256 KB at D = 64
+
+FA_INLINE int64_t padded(int64_t cols) { return parts(cols, kLanes) * kLanes; }
+
+// A block of queries as the products want it: slots 0 and 1 of the scratch.
+struct BlockInputs {
+  float *queries, *douts;         // QT (D x W) scaled, dOT (Dv x W), group after group
+  float *query_rows, *dout_rows;  // (rows x padded D), (rows x padded Dv)
+  float lse[kBlockRows], delta[kBlockRows];
+};
+
+static void widen_block(
+    const Block& block, const Heads& x, const Sequence& s, int64_t cols, float* out) {
+  const int64_t width = padded(cols);
+  for (int r = 0; r < block.rows; ++r) {
+    const int64_t i = s.query_start + block.query[r];
+    const void* row = offset_by(x.data, x.dtype, x.at(s.b, block.head[r], i));
+    std::memset(out + r * width + width - kLanes, 0, kLanes * sizeof(float));
+    FASTATTN_DISPATCH(x.dtype, widen_row, row, cols, out + r * width);
+  }
+}
+
+static void read_block(
+    const AttentionArgs& args, const AttentionGradients& grads, const Sequence& s,
+    const Block& block, const Group* groups, int count, bool rows, BlockInputs* in) {
+  const int64_t lanes = kBlockRows;
+  in->queries = thread_scratch(0, lanes * (args.D + args.Dv));
+  in->douts = in->queries + lanes * args.D;
+  // the forward's factor and order of sums: P is only as right as its scores are the forward's, bit
+  // for bit; a rounding elsewhere (scale after the product) costs five times the error at logits of
+  // 100
+  const float unit = is_featured(args) ? 1.f : kLog2e;
+  pack_block(block, groups, count, args.query, s, args.D, args.scale * unit, in->queries);
+  pack_block(block, groups, count, grads.dout, s, args.Dv, 1.f, in->douts);
+  if (rows) {
+    in->query_rows = thread_scratch(1, lanes * (padded(args.D) + padded(args.Dv)));
+    in->dout_rows = in->query_rows + lanes * padded(args.D);
+    widen_block(block, args.query, s, args.D, in->query_rows);
+    widen_block(block, grads.dout, s, args.Dv, in->dout_rows);
+  }
+  for (int r = 0; r < block.vectors * kLanes; ++r) {
+    in->lse[r] = in->delta[r] = 0.f;
+    if (r >= block.rows) continue;
+    const int64_t at =
+        s.b * args.lse_batch + block.head[r] * args.lse_head + s.query_start + block.query[r];
+    // a row that sees nothing: its scores are all -inf, and any finite lse makes its P zero
+    in->lse[r] = args.lse[at] == -kInf ? 0.f : args.lse[at] * unit;
+    in->delta[r] = grads.delta[at];
+  }
+}
+
+// What one tile of scores gives: slot 2 of the scratch, kTileKeys x W each.
+struct TileGradients {
+  float *weights, *dscores;  // dropout(P), and dS before softcap's derivative
+  float *cap_slope, *kept;
+};
+
+static TileGradients tile_gradients() {
+  constexpr int64_t size = kTileKeys * kGroupVectors * kLanes;
+  float* start = thread_scratch(2, 4 * size);
+  return {start, start + size, start + 2 * size, start + 3 * size};
+}
+
+template <int NV>
+static __attribute__((noinline)) void grade_tile(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    const BlockInputs& in, const Tile& keys, const Tile& values, int64_t key, int64_t n,
+    const TileGradients& out) {
+  Vec ignored[NV] = {};
+  const int64_t lane = group.lane, entries = n * NV * kLanes;
+  dot_rows<NV>(keys.data, keys.stride, n, in.queries + lane * args.D, args.D, out.weights, ignored);
+  dot_rows<NV>(
+      values.data, values.stride, n, in.douts + lane * args.Dv, args.Dv, out.dscores, ignored);
+  if (is_featured(args)) modify_scores(args, block, group, s, key, n, out.weights, out.cap_slope);
+  if (key < group.all.begin || key + n > group.all.end)
+    hide_scores(block, group, key, n, out.weights);
+  if (args.dropout) {
+    for (int64_t e = 0; e < entries; ++e) out.kept[e] = 1.f;
+    drop_weights(args, block, group, s, key, n, out.kept);
+  }
+  const Vec unit = splat(is_featured(args) ? kLog2e : 1.f);
+  Vec lse[NV], delta[NV];
+  for (int v = 0; v < NV; ++v) {
+    lse[v] = load(in.lse + lane + v * kLanes);
+    delta[v] = load(in.delta + lane + v * kLanes);
+  }
+  for (int64_t k = 0; k < n; ++k) FA_UNROLL for (int v = 0; v < NV; ++v) {
+      const int64_t at = (k * NV + v) * kLanes;
+      const Vec p = exp2((load(out.weights + at) - lse[v]) * unit);
+      const Vec kept = args.dropout ? load(out.kept + at) : splat(1.f);
+      store(out.weights + at, p * kept);
+      store(out.dscores + at, p * (load(out.dscores + at) * kept - delta[v]));
+    }
+}
+
+static void grade_tile_any(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    const BlockInputs& in, const Tile& keys, const Tile& values, int64_t key, int64_t n,
+    const TileGradients& out) {
+  switch (group.vectors) {
+    case 3: return grade_tile<3>(args, block, group, s, in, keys, values, key, n, out);
+    case 2: return grade_tile<2>(args, block, group, s, in, keys, values, key, n, out);
+    default: return grade_tile<1>(args, block, group, s, in, keys, values, key, n, out);
+  }
+}
+
+template <int NV>
+static __attribute__((noinline)) void add_dquery(
+    const Tile& keys, int64_t n, int64_t D, const float* dscores, float* dquery) {
+  Vec one[NV];
+  for (int v = 0; v < NV; ++v) one[v] = splat(1.f);
+  add_rows<NV>(keys.data, keys.stride, n, D, dscores, dquery, one);
+}
+
+// sum of dS * -|distance| over the tile: a slope's gradient.
+static float slope_gradient(
+    const Block& block, const Group& group, const Sequence& s, int64_t key, int64_t n,
+    const float* dscores) {
+  Vec sum = {};
+  for (int v = 0; v < group.vectors; ++v) {
+    Vec middle;
+    for (int l = 0; l < kLanes; ++l)
+      middle[l] = (float)(block.query[group.lane + v * kLanes + l] + s.diagonal);
+    for (int64_t k = 0; k < n; ++k) {
+      const Vec distance = middle - splat((float)(key + k));
+      sum -= load(dscores + (k * group.vectors + v) * kLanes) *
+             (distance < Vec{} ? -distance : distance);
+    }
+  }
+  return reduce_sum(sum);
+}
+
+// ---- dQ, dK, dV: a task is a chunk of keys ----------------------------------------------------
+
+struct Chunk {
+  int64_t index, start, keys, readable;  // readable: the rest lies past key_lengths
+  float *k, *v, *dk, *dv;                // slots 3 and 4 of the scratch
+};
+
+struct Backward {
+  const AttentionArgs& args;
+  const AttentionGradients& grads;
+  int64_t chunks, blocks;  // of the longest sequence
+
+  int64_t tasks() const { return args.B * args.Hkv * chunks; }
+
+  void run(int64_t task) const {
+    const Sequence s = sequence(args, task / chunks / args.Hkv);
+    const int64_t kv_head = task / chunks % args.Hkv;
+    const int64_t rows = args.cu_seqlens_k != nullptr ? s.Sk : args.Sk;
+    Chunk chunk{task % chunks, task % chunks * kChunkKeys};
+    chunk.keys = at_most(kChunkKeys, rows - chunk.start);
+    if (chunk.keys <= 0) return;
+    chunk.readable = at_least(0, at_most(chunk.keys, s.Sk - chunk.start));
+    const int64_t D = padded(args.D), Dv = padded(args.Dv);
+    chunk.k = thread_scratch(3, kChunkKeys * (args.D + args.Dv));
+    chunk.v = chunk.k + kChunkKeys * args.D;
+    chunk.dk = thread_scratch(4, kChunkKeys * (D + Dv));
+    chunk.dv = chunk.dk + kChunkKeys * D;
+    std::memset(chunk.dk, 0, kChunkKeys * (D + Dv) * sizeof(float));
+    if (chunk.readable > 0) {
+      const Tile k =
+          read_keys(args, args.key, s, kv_head, chunk.start, chunk.readable, args.D, chunk.k);
+      const Tile v =
+          read_keys(args, args.value, s, kv_head, chunk.start, chunk.readable, args.Dv, chunk.v);
+      const int64_t group = args.Hq / args.Hkv;
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+        walk_queries(s, head, chunk, k, v);
+    }
+    write_rows(grads.dkey, s, kv_head, chunk, chunk.dk, args.D, args.scale);
+    write_rows(grads.dvalue, s, kv_head, chunk, chunk.dv, args.Dv, 1.f);
+  }
+
+  void walk_queries(
+      const Sequence& s, int64_t head, const Chunk& chunk, const Tile& k, const Tile& v) const {
+    const Blocks cut(s.Sq);
+    float slope = 0.f;
+    for (int64_t index = 0; index < cut.count; ++index) {
+      Block block;
+      Group groups[kBlockVectors];
+      set_block(args, s, head, cut, index, &block);
+      const Range seen{
+          at_least(block.keys.begin, chunk.start),
+          at_most(block.keys.end, chunk.start + chunk.readable)};
+      if (seen.empty()) continue;
+      const int count = split_groups(block, groups);
+      BlockInputs in;
+      read_block(args, grads, s, block, groups, count, true, &in);
+      float* dquery = thread_scratch(5, kBlockRows * args.D);
+      std::memset(dquery, 0, block.vectors * kLanes * args.D * sizeof(float));
+      for (const Group* group = groups; group != groups + count; ++group)
+        slope += walk_tiles(s, block, *group, in, chunk, k, v, dquery);
+      std::atomic<int32_t>& turn = grads.turns[(s.b * args.Hq + head) * blocks + index];
+      take_turn(turn, (int32_t)(chunk.index - block.keys.begin / kChunkKeys));
+      add_to_dquery(s, block, groups, count, dquery);
+      turn.fetch_add(1, std::memory_order_release);
+    }
+    if (grads.slope_sums != nullptr)
+      grads.slope_sums[(s.b * args.Hq + head) * chunks + chunk.index] = slope;
+  }
+
+  float walk_tiles(
+      const Sequence& s, const Block& block, const Group& group, const BlockInputs& in,
+      const Chunk& chunk, const Tile& k, const Tile& v, float* dquery) const {
+    const int64_t begin = at_least(group.some.begin, chunk.start);
+    const int64_t end = at_most(group.some.end, chunk.start + chunk.readable);
+    const int64_t D = padded(args.D), Dv = padded(args.Dv), W = group.vectors * kLanes;
+    const int64_t rows = at_most(W, block.rows - group.lane);
+    const TileGradients tile = tile_gradients();
+    float slope = 0.f;
+    for (int64_t key = begin; key < end; key += kTileKeys) {
+      const int64_t n = at_most(kTileKeys, end - key), from = key - chunk.start;
+      const Tile keys{k.data + from * k.stride, k.stride},
+          values{v.data + from * v.stride, v.stride};
+      grade_tile_any(args, block, group, s, in, keys, values, key, n, tile);
+      if (grads.slope_sums != nullptr)
+        slope += slope_gradient(block, group, s, key, n, tile.dscores);
+      if (args.softcap > 0)
+        for (int64_t e = 0; e < n * W; e += kLanes)
+          store(tile.dscores + e, load(tile.dscores + e) * load(tile.cap_slope + e));
+      float* dq = dquery + group.lane * args.D;
+      switch (group.vectors) {
+        case 3: add_dquery<3>(keys, n, args.D, tile.dscores, dq); break;
+        case 2: add_dquery<2>(keys, n, args.D, tile.dscores, dq); break;
+        default: add_dquery<1>(keys, n, args.D, tile.dscores, dq);
+      }
+      add_outer(tile.weights, W, n, in.dout_rows + group.lane * Dv, rows, Dv, chunk.dv + from * Dv);
+      add_outer(tile.dscores, W, n, in.query_rows + group.lane * D, rows, D, chunk.dk + from * D);
+    }
+    return slope;
+  }
+
+  static void take_turn(const std::atomic<int32_t>& turn, int32_t mine) {
+    for (int spins = 0; turn.load(std::memory_order_acquire) != mine; ++spins)
+      if (spins > 1000) std::this_thread::yield();
+  }
+
+  void add_to_dquery(
+      const Sequence& s, const Block& block, const Group* groups, int count,
+      const float* dquery) const {
+    for (const Group* group = groups; group != groups + count; ++group)
+      for (int v = 0; v < group->vectors; ++v) {
+        void* rows[kLanes];
+        block_rows(block, *group, v, grads.dquery, s, rows);
+        unpack_add(
+            dquery + group->lane * args.D + v * kLanes, group->vectors * kLanes, args.D, args.scale,
+            rows);
+      }
+  }
+
+  void write_rows(
+      const Heads& out, const Sequence& s, int64_t head, const Chunk& chunk, const float* sums,
+      int64_t cols, float factor) const {
+    for (int64_t k = 0; k < chunk.keys; ++k) {
+      const int64_t at = out.at(s.b, head, s.key_start + chunk.start + k);
+      FASTATTN_DISPATCH(
+          out.dtype, narrow_row, sums + k * padded(cols), cols, factor,
+          offset_by(out.data, out.dtype, at));
+    }
+  }
+};
+
+// ---- the bias's gradient: a pass of its own, a task is a tile of the bias ---------------------
+
+// dS of every sequence, head, query and key that a tile of the bias reaches, in order; memory is
+// the tile's. Sums of a broadcast dimension are taken a tile of scores at a time.
+struct BiasBackward {
+  const AttentionArgs& args;
+  const AttentionGradients& grads;
+  Blocks cut;
+  int64_t row_tiles, col_tiles;
+
+  BiasBackward(const AttentionArgs& args, const AttentionGradients& grads)
+      : args(args), grads(grads), cut(args.Sq) {
+    row_tiles = grads.dbias.size[2] > 1 ? cut.count : 1;
+    col_tiles = grads.dbias.size[3] > 1 ? parts(args.Sk, kChunkKeys) : 1;
+  }
+  int64_t tasks() const {
+    return grads.dbias.size[0] * grads.dbias.size[1] * row_tiles * col_tiles;
+  }
+
+  void run(int64_t task) const {
+    const Scores& out = grads.dbias;
+    const int64_t col = task % col_tiles, row = task / col_tiles % row_tiles;
+    const int64_t head = task / col_tiles / row_tiles % out.size[1];
+    const int64_t batch = task / col_tiles / row_tiles / out.size[1];
+    const bool all_rows = out.size[2] == 1, all_cols = out.size[3] == 1;
+    const int64_t keys = all_cols ? 1 : kChunkKeys, lanes = all_rows ? 1 : kBlockRows;
+    float* sums = thread_scratch(6, keys * lanes);
+    std::memset(sums, 0, keys * lanes * sizeof(float));
+    const Range cols =
+        all_cols ? Range{0, args.Sk} : Range{col * kChunkKeys, (col + 1) * kChunkKeys};
+    for (int64_t b = batch; b < (out.size[0] == 1 ? args.B : batch + 1); ++b)
+      for (int64_t h = head; h < (out.size[1] == 1 ? args.Hq : head + 1); ++h)
+        for (int64_t index = row; index < (all_rows ? cut.count : row + 1); ++index)
+          add_block(sequence(args, b), h, index, cols, all_rows, all_cols, sums);
+    write(batch, head, row, cols, all_rows, all_cols, sums);
+  }
+
+  void add_block(
+      const Sequence& s, int64_t head, int64_t index, Range cols, bool all_rows, bool all_cols,
+      float* sums) const {
+    Block block;
+    Group groups[kBlockVectors];
+    set_block(args, s, head, cut, index, &block);
+    const Range seen{at_least(block.keys.begin, cols.begin), at_most(block.keys.end, cols.end)};
+    if (seen.empty()) return;
+    const int count = split_groups(block, groups);
+    BlockInputs in;
+    read_block(args, grads, s, block, groups, count, false, &in);
+    const TileGradients tile = tile_gradients();
+    float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
+    const int64_t kv_head = head / (args.Hq / args.Hkv);
+    for (int64_t key = seen.begin; key < seen.end; key += kTileKeys) {
+      const int64_t n = at_most(kTileKeys, seen.end - key);
+      const Tile k = read_keys(args, args.key, s, kv_head, key, n, args.D, buffer);
+      const Tile v =
+          read_keys(args, args.value, s, kv_head, key, n, args.Dv, buffer + kTileKeys * args.D);
+      for (const Group* group = groups; group != groups + count; ++group) {
+        grade_tile_any(args, block, *group, s, in, k, v, key, n, tile);
+        float* at = sums + (all_cols ? 0 : key - cols.begin) * (all_rows ? 1 : kBlockRows);
+        add_tile_sums(*group, n, tile.dscores, all_rows, all_cols, at);
+      }
+    }
+  }
+
+  static void add_tile_sums(
+      const Group& group, int64_t n, const float* dscores, bool all_rows, bool all_cols,
+      float* sums) {
+    const int64_t lanes = all_rows ? 1 : kBlockRows;
+    for (int v = 0; v < group.vectors; ++v) {
+      Vec columns = {};
+      for (int64_t k = 0; k < n; ++k) {
+        const Vec ds = load(dscores + (k * group.vectors + v) * kLanes);
+        float* at = sums + k * lanes + (all_rows ? 0 : group.lane + v * kLanes);
+        if (all_cols)
+          columns += ds;
+        else if (all_rows)
+          *at += reduce_sum(ds);
+        else
+          store(at, load(at) + ds);
+      }
+      if (!all_cols) continue;
+      float* at = sums + (all_rows ? 0 : group.lane + v * kLanes);
+      if (all_rows)
+        *at += reduce_sum(columns);
+      else
+        store(at, load(at) + columns);
+    }
+  }
+
+  void write(
+      int64_t batch, int64_t head, int64_t row, Range cols, bool all_rows, bool all_cols,
+      const float* sums) const {
+    const Scores& out = grads.dbias;
+    const int64_t lanes = all_rows ? 1 : kBlockRows, first = row * cut.rows_each;
+    const int64_t rows = all_rows ? 1 : at_most(cut.rows_each, args.Sq - first);
+    const int64_t keys = all_cols ? 1 : at_most(cols.end, args.Sk) - cols.begin;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < keys; ++k) {
+        const int64_t at = out.at(batch, head, all_rows ? 0 : first + r) +
+                           (all_cols ? 0 : cols.begin + k) * out.col;
+        FASTATTN_DISPATCH(
+            out.dtype, write_entry, sums[k * lanes + r], offset_by(out.data, out.dtype, at));
+      }
+  }
+
+  template <class T>
+  static void write_entry(float x, void* out) {
+    from_float(x, (T*)out);
+  }
+};
+
+// ---- the whole -------------------------------------------------------------------------------
+
+// delta = sum(dO * O) - dlse; the binding has put -dlse there. Rows stand in lanes, so that the
+// terms of a row are added one after another, as those of dP are: where one key has all the weight,
+// dP - delta is exactly 0, as it is in naive PyTorch.
+static void attention_delta(const AttentionArgs& args, const AttentionGradients& grads) {
+  parallel_tasks(args.B * args.Hq, [&](int64_t task) {
+    const Sequence s = sequence(args, task / args.Hq);
+    const int64_t head = task % args.Hq;
+    float* outs = thread_scratch(0, 2 * args.Dv * kLanes);
+    float* douts = outs + args.Dv * kLanes;
+    for (int64_t first = 0; first < s.Sq; first += kLanes) {
+      const int64_t n = at_most(kLanes, s.Sq - first);
+      void *out_rows[kLanes] = {}, *dout_rows[kLanes] = {};
+      for (int64_t l = 0; l < n; ++l) {
+        const int64_t i = s.query_start + first + l;
+        out_rows[l] = offset_by(args.out.data, args.out.dtype, args.out.at(s.b, head, i));
+        dout_rows[l] = offset_by(grads.dout.data, grads.dout.dtype, grads.dout.at(s.b, head, i));
+      }
+      pack(args.out.dtype, out_rows, args.Dv, 1.f, outs, kLanes);
+      pack(grads.dout.dtype, dout_rows, args.Dv, 1.f, douts, kLanes);
+      Vec sum = {};
+      for (int64_t d = 0; d < args.Dv; ++d)
+        sum = fma(load(outs + d * kLanes), load(douts + d * kLanes), sum);
+      float* delta =
+          grads.delta + s.b * args.lse_batch + head * args.lse_head + s.query_start + first;
+      store_first(delta, load_first(delta, n) + sum, n);
+    }
+  });
+}
+
+// What the binding must know of the cuts: query blocks a head, chunks of keys a head.
+static int64_t attention_blocks(int64_t Sq) { return Blocks(Sq).count; }
+static int64_t attention_chunks(int64_t Sk) { return parts(Sk, kChunkKeys); }
+
+static void attention_bwd(const AttentionArgs& args, const AttentionGradients& grads) {
+  attention_delta(args, grads);
+  const Backward backward{args, grads, attention_chunks(args.Sk), attention_blocks(args.Sq)};
+  parallel_tasks(backward.tasks(), [&](int64_t task) { backward.run(task); });
+  if (grads.dbias.data == nullptr) return;
+  const BiasBackward bias(args, grads);
+  parallel_tasks(bias.tasks(), [&](int64_t task) { bias.run(task); });
+}
+
+}  // namespace fastattn::FASTATTN_ISA

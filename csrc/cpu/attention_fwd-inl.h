@@ -1,0 +1,300 @@
+// Attention forward by the online softmax (Milakov and Gimelshein 2018; Dao et al. 2022),
+// transposed as attention_tiles-inl.h says. A task is a block of query rows of one head, over all
+// keys it sees; where queries are few and keys many, over kSplitKeys of them, joined afterwards in
+// order. Tiles that no row sees are skipped, and only those at the edge of what rows see are
+// masked.
+
+namespace fastattn::FASTATTN_ISA {
+
+// A split is long enough to hide its own start, short enough for 2048 keys to feed several threads.
+constexpr int64_t kSplitKeys = 512;
+// Where no key was seen yet: finite, so that -inf - kLowest is -inf and never NaN.
+constexpr float kLowest = -3.4028234663852886e38f;
+
+// The running softmax of a block: slots 0 to 3 of the scratch.
+struct Softmax {
+  float *queries, *out;       // QT (D x W) and OT (Dv x W), group after group
+  float row_max[kBlockRows];  // log2 units, natural where featured
+  float row_sum[kBlockRows];
+};
+
+template <int NV, bool kFeatured>
+static __attribute__((noinline)) void attend(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    const Tile& keys, const Tile& values, int64_t key, int64_t n, Softmax* state) {
+  float* scores = thread_scratch(2, kTileKeys * NV * kLanes);
+  Vec largest[NV], before[NV], alpha[NV], sums[NV];
+  float* row_max = state->row_max + group.lane;
+  float* row_sum = state->row_sum + group.lane;
+  for (int v = 0; v < NV; ++v) largest[v] = before[v] = load(row_max + v * kLanes);
+  dot_rows<NV>(
+      keys.data, keys.stride, n, state->queries + group.lane * args.D, args.D, scores, largest);
+
+  const bool edge = key < group.all.begin || key + n > group.all.end;
+  if (kFeatured) modify_scores(args, block, group, s, key, n, scores, nullptr);
+  if (edge) hide_scores(block, group, key, n, scores);
+  if (kFeatured || edge) {
+    for (int v = 0; v < NV; ++v) largest[v] = before[v];
+    for (int64_t k = 0; k < n; ++k)
+      FA_UNROLL for (int v = 0; v < NV; ++v) largest[v] =
+          max(largest[v], load(scores + (k * NV + v) * kLanes));
+  }
+
+  const Vec unit = splat(kFeatured ? kLog2e : 1.f);
+  FA_UNROLL for (int v = 0; v < NV; ++v) {
+    alpha[v] = exp2((before[v] - largest[v]) * unit);
+    sums[v] = load(row_sum + v * kLanes) * alpha[v];
+    store(row_max + v * kLanes, largest[v]);
+  }
+  for (int64_t k = 0; k < n; ++k) FA_UNROLL for (int v = 0; v < NV; ++v) {
+      float* at = scores + (k * NV + v) * kLanes;
+      Vec x = load(at) - largest[v];
+      if (kFeatured) x *= unit;
+      const Vec p = exp2(x);
+      sums[v] += p;
+      store(at, p);
+    }
+  FA_UNROLL for (int v = 0; v < NV; ++v) store(row_sum + v * kLanes, sums[v]);
+  if (kFeatured && args.dropout) drop_weights(args, block, group, s, key, n, scores);
+  float* out = state->out + group.lane * args.Dv;
+  add_rows<NV>(values.data, values.stride, n, args.Dv, scores, out, alpha);
+}
+
+template <bool kFeatured>
+static void attend_any(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    const Tile& keys, const Tile& values, int64_t key, int64_t n, Softmax* state) {
+  switch (group.vectors) {
+    case 3: return attend<3, kFeatured>(args, block, group, s, keys, values, key, n, state);
+    case 2: return attend<2, kFeatured>(args, block, group, s, keys, values, key, n, state);
+    default: return attend<1, kFeatured>(args, block, group, s, keys, values, key, n, state);
+  }
+}
+
+// Row pointers of a tensor laid out as the query or out: null where a lane holds no row.
+static void block_rows(
+    const Block& block, const Group& group, int v, const Heads& x, const Sequence& s, void** rows) {
+  for (int l = 0; l < kLanes; ++l) {
+    const int r = group.lane + v * kLanes + l;
+    const int64_t i = s.query_start + block.query[r];
+    rows[l] = r < block.rows ? offset_by(x.data, x.dtype, x.at(s.b, block.head[r], i)) : nullptr;
+  }
+}
+
+static void pack_block(
+    const Block& block, const Group* groups, int count, const Heads& x, const Sequence& s,
+    int64_t cols, float factor, float* out) {
+  for (const Group* group = groups; group != groups + count; ++group)
+    for (int v = 0; v < group->vectors; ++v) {
+      void* rows[kLanes];
+      block_rows(block, *group, v, x, s, rows);
+      pack(
+          x.dtype, rows, cols, factor, out + group->lane * cols + v * kLanes,
+          group->vectors * kLanes);
+    }
+}
+
+// The softmax of a block over keys [range.begin, range.end).
+static void attend_block(
+    const AttentionArgs& args, const Sequence& s, const Block& block, const Group* groups,
+    int count, Range range, Softmax* state) {
+  const bool featured = is_featured(args);
+  const int64_t head = block.head[0] / (args.Hq / args.Hkv);
+  state->queries = thread_scratch(0, kBlockRows * args.D);
+  state->out = thread_scratch(1, kBlockRows * args.Dv);
+  pack_block(
+      block, groups, count, args.query, s, args.D, args.scale * (featured ? 1.f : kLog2e),
+      state->queries);
+  for (int r = 0; r < block.vectors * kLanes; ++r) {
+    state->row_max[r] = kLowest;
+    state->row_sum[r] = 0.f;
+  }
+  std::memset(state->out, 0, block.vectors * kLanes * args.Dv * sizeof(float));
+  float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
+  for (int64_t key = range.begin; key < range.end; key += kTileKeys) {
+    const int64_t n = at_most(kTileKeys, range.end - key);
+    const Tile keys = read_keys(args, args.key, s, head, key, n, args.D, buffer);
+    const Tile values =
+        read_keys(args, args.value, s, head, key, n, args.Dv, buffer + kTileKeys * args.D);
+    for (const Group* group = groups; group != groups + count; ++group) {
+      // keys of this tile that some row of the group sees
+      const int64_t skip = at_least(0, group->some.begin - key);
+      const int64_t seen = at_most(n, group->some.end - key) - skip;
+      if (seen <= 0) continue;
+      const Tile k{keys.data + skip * keys.stride, keys.stride};
+      const Tile v{values.data + skip * values.stride, values.stride};
+      if (featured)
+        attend_any<true>(args, block, *group, s, k, v, key + skip, seen, state);
+      else
+        attend_any<false>(args, block, *group, s, k, v, key + skip, seen, state);
+    }
+  }
+}
+
+// out = OT / row_sum and lse, with the sink's share of the sum.
+static void finish_block(
+    const AttentionArgs& args, const Sequence& s, const Block& block, const Group* groups,
+    int count, Softmax* state) {
+  const bool featured = is_featured(args);
+  float inverse[kBlockRows];
+  for (int r = 0; r < block.vectors * kLanes; ++r) {
+    double row_max = featured ? state->row_max[r] : state->row_max[r] * 0.6931471805599453;
+    double row_sum = state->row_sum[r], rescale = 1;
+    bool seen = row_sum > 0 || row_sum != row_sum;
+    if (args.sinks.data != nullptr && r < block.rows) {
+      const double sink = args.sinks.at(s.b, block.head[r]);
+      const double highest = seen && row_max > sink ? row_max : sink;
+      rescale = seen ? std::exp(row_max - highest) : 0;
+      row_sum = row_sum * rescale + std::exp(sink - highest);
+      row_max = highest;
+      seen = seen || sink > -kInf;
+    }
+    inverse[r] = seen ? (float)(rescale / row_sum) : 0.f;
+    if (r >= block.rows) continue;
+    float* lse = args.lse + s.b * args.lse_batch + block.head[r] * args.lse_head;
+    lse[s.query_start + block.query[r]] = seen ? (float)(row_max + std::log(row_sum)) : -kInf;
+  }
+  for (const Group* group = groups; group != groups + count; ++group)
+    for (int v = 0; v < group->vectors; ++v) {
+      void* rows[kLanes];
+      block_rows(block, *group, v, args.out, s, rows);
+      unpack(
+          args.out.dtype, state->out + group->lane * args.Dv + v * kLanes, group->vectors * kLanes,
+          args.Dv, inverse + group->lane + v * kLanes, rows);
+    }
+}
+
+// ---- tasks -----------------------------------------------------------------------------------
+
+// The blocks of one sequence: for each set of heads that stand together, their rows in blocks, and
+// the keys in splits where there is one block of few rows.
+struct Plan {
+  int64_t together, sets, splits;
+  Blocks blocks;
+
+  Plan(const AttentionArgs& args, const Sequence& s)
+      : together(heads_together(args, s)), sets(args.Hq / together), blocks(together * s.Sq) {
+    splits = s.Sq <= kFewQueries ? at_least(1, parts(s.Sk, kSplitKeys)) : 1;
+  }
+  int64_t tasks() const { return sets * blocks.count * splits; }
+};
+
+// Sequence of a task, and the task's place in it. Where sequences differ in length their tasks are
+// counted. A split leaves its Softmax, `slot` floats, for the join.
+struct Tasks {
+  int64_t total = 0, slot = 0;
+  bool split = false;
+  const int64_t* ends;  // (B,), slot 9 of the scratch
+
+  explicit Tasks(const AttentionArgs& args) {
+    int64_t* counted = (int64_t*)thread_scratch(9, 2 * args.B);
+    for (int64_t b = 0; b < args.B; ++b) {
+      const Plan plan(args, sequence(args, b));
+      counted[b] = total += plan.tasks();
+      if (plan.splits == 1) continue;
+      split = true;
+      slot = at_least(slot, plan.blocks.rows_each * (args.Dv + 2));
+    }
+    ends = counted;
+  }
+  int64_t find(int64_t task, int64_t* place) const {
+    int64_t b = 0;
+    while (ends[b] <= task) ++b;
+    *place = b == 0 ? task : task - ends[b - 1];
+    return b;
+  }
+};
+
+struct Forward {
+  const AttentionArgs& args;
+  const Tasks& tasks;
+  float* partials;  // a slot for every task, or null where nothing is split
+
+  void run(const Sequence& s, int64_t place, int64_t task) const {
+    const Plan plan(args, s);
+    const int64_t split = place % plan.splits;
+    // the last blocks of a causal sequence see the most keys: they go first
+    const int64_t index = plan.blocks.count - 1 - place / plan.splits % plan.blocks.count;
+    const int64_t set = place / plan.splits / plan.blocks.count;
+    Block block;
+    Group groups[kBlockVectors];
+    Softmax state;
+    set_block(args, s, set * plan.together, plan.blocks, index, &block);
+    const int count = split_groups(block, groups);
+    Range range = block.keys;
+    if (plan.splits > 1) {
+      range.begin = at_least(range.begin, split * kSplitKeys);
+      range.end = at_most(range.end, (split + 1) * kSplitKeys);
+    }
+    attend_block(args, s, block, groups, count, range, &state);
+    if (plan.splits == 1) return finish_block(args, s, block, groups, count, &state);
+    const int64_t lanes = block.vectors * kLanes;
+    float* partial = partials + task * tasks.slot;
+    std::memcpy(partial, state.row_max, lanes * sizeof(float));
+    std::memcpy(partial + lanes, state.row_sum, lanes * sizeof(float));
+    std::memcpy(partial + 2 * lanes, state.out, lanes * args.Dv * sizeof(float));
+  }
+
+  // The splits of one block, in order; `task` is its first.
+  void join(const Sequence& s, int64_t place, int64_t task) const {
+    const Plan plan(args, s);
+    if (plan.splits == 1 || place % plan.splits != 0) return;
+    Block block;
+    Group groups[kBlockVectors];
+    Softmax state;
+    const int64_t index = plan.blocks.count - 1 - place / plan.splits % plan.blocks.count;
+    const int64_t set = place / plan.splits / plan.blocks.count;
+    set_block(args, s, set * plan.together, plan.blocks, index, &block);
+    const int count = split_groups(block, groups);
+    const Vec unit = splat(is_featured(args) ? kLog2e : 1.f);
+    state.out = thread_scratch(1, kBlockRows * args.Dv);
+    std::memset(state.out, 0, block.vectors * kLanes * args.Dv * sizeof(float));
+    for (int r = 0; r < kBlockRows; ++r) {
+      state.row_max[r] = kLowest;
+      state.row_sum[r] = 0.f;
+    }
+    for (int64_t split = 0; split < plan.splits; ++split)
+      join_split(block, groups, count, partials + (task + split) * tasks.slot, unit, &state);
+    finish_block(args, s, block, groups, count, &state);
+  }
+
+  void join_split(
+      const Block& block, const Group* groups, int count, const float* partial, Vec unit,
+      Softmax* state) const {
+    const int64_t lanes = block.vectors * kLanes;
+    for (const Group* group = groups; group != groups + count; ++group)
+      for (int v = 0; v < group->vectors; ++v) {
+        const int lane = group->lane + v * kLanes;
+        const Vec mine = load(state->row_max + lane), theirs = load(partial + lane);
+        const Vec highest = max(mine, theirs);
+        const Vec a = exp2((mine - highest) * unit), b = exp2((theirs - highest) * unit);
+        const Vec sum = load(state->row_sum + lane) * a + load(partial + lanes + lane) * b;
+        store(state->row_max + lane, highest);
+        store(state->row_sum + lane, sum);
+        for (int64_t d = 0; d < args.Dv; ++d) {
+          const int64_t at = group->lane * args.Dv + (d * group->vectors + v) * kLanes;
+          const Vec theirs_out = load(partial + 2 * lanes + at);
+          store(state->out + at, load(state->out + at) * a + theirs_out * b);
+        }
+      }
+  }
+};
+
+static void attention_fwd(const AttentionArgs& args) {
+  const Tasks tasks(args);
+  Forward forward{args, tasks, nullptr};
+  if (tasks.split) forward.partials = thread_scratch(10, tasks.total * tasks.slot);
+  parallel_tasks(tasks.total, [&](int64_t task) {
+    int64_t place;
+    const int64_t b = tasks.find(task, &place);
+    forward.run(sequence(args, b), place, task);
+  });
+  if (!tasks.split) return;
+  parallel_tasks(tasks.total, [&](int64_t task) {
+    int64_t place;
+    const int64_t b = tasks.find(task, &place);
+    forward.join(sequence(args, b), place, task);
+  });
+}
+
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,297 @@
+// Which keys a query sees, and what happens to a tile of scores before the softmax. One place for
+// every feature: forward, backward and the bias's gradient call the same functions.
+
+namespace fastattn::FASTATTN_ISA {
+
+// One sequence of the batch. Key j is on the diagonal of query i where j = i + diagonal.
+struct Sequence {
+  int64_t b, query_start, key_start;  // starts are 0 unless packed
+  int64_t Sq, Sk;                     // Sk: keys that may be read
+  int64_t diagonal;
+};
+
+static Sequence sequence(const AttentionArgs& args, int64_t b) {
+  Sequence s{b, 0, 0, args.Sq, args.Sk, args.Sk - args.Sq};
+  if (args.cu_seqlens_q != nullptr) {
+    s.query_start = args.cu_seqlens_q[b];
+    s.key_start = args.cu_seqlens_k[b];
+    s.Sq = args.cu_seqlens_q[b + 1] - s.query_start;
+    s.Sk = args.cu_seqlens_k[b + 1] - s.key_start;
+    s.diagonal = s.Sk - s.Sq;
+  } else if (args.key_lengths != nullptr) {
+    s.Sk = args.key_lengths[b];
+    if (args.diagonal_at_length) s.diagonal = s.Sk - s.Sq;
+  }
+  return s;
+}
+
+// A half-open range of keys.
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+// The keys that query i sees by position: causal is a right window of 0 (DESIGN, section 3).
+FA_INLINE Range visible(const AttentionArgs& args, const Sequence& s, int64_t i) {
+  const int64_t middle = i + s.diagonal;
+  return {at_least(0, middle - args.window_left), at_most(s.Sk, middle + args.window_right + 1)};
+}
+
+// A block of query rows of one key/value head. Where queries are few, the rows of all heads that
+// share the keys stand together, so that K and V are read once for them.
+struct Block {
+  int rows, vectors;
+  int64_t first;                               // row of the first lane, among heads_together * Sq
+  Range keys;                                  // seen by at least one row
+  int64_t head[kBlockRows];                    // query head of each lane
+  int64_t query[kBlockRows];                   // query index of each lane
+  int32_t begin[kBlockRows], end[kBlockRows];  // keys that it sees
+};
+
+// Below this many queries the heads of a group share a block. It depends on Sq alone, so that
+// neither batch nor threads change a bit.
+constexpr int64_t kFewQueries = 16;
+
+FA_INLINE int64_t heads_together(const AttentionArgs& args, const Sequence& s) {
+  return s.Sq <= kFewQueries ? args.Hq / args.Hkv : 1;
+}
+
+// Rows in blocks of equal size, whole groups where there is more than one block.
+struct Blocks {
+  int64_t rows, rows_each, count;
+
+  explicit Blocks(int64_t rows) : rows(rows) {
+    const int64_t vectors = parts(rows, kLanes);
+    count = parts(vectors, kBlockVectors);
+    int64_t each = count == 0 ? 0 : parts(vectors, count);
+    if (count > 1) each = parts(each, kGroupVectors) * kGroupVectors;
+    rows_each = each * kLanes;
+    count = each == 0 ? 0 : parts(rows, rows_each);
+  }
+};
+
+static void set_block(
+    const AttentionArgs& args, const Sequence& s, int64_t first_head, const Blocks& blocks,
+    int64_t index, Block* block) {
+  block->first = index * blocks.rows_each;
+  block->rows = (int)at_most(blocks.rows_each, blocks.rows - block->first);
+  block->vectors = (int)parts(block->rows, kLanes);
+  block->keys = {INT64_MAX, 0};
+  for (int r = 0; r < block->vectors * kLanes; ++r) {
+    const bool real = r < block->rows;
+    const int64_t row = block->first + (real ? r : 0);
+    block->head[r] = first_head + row / s.Sq;
+    block->query[r] = row % s.Sq;
+    Range seen = visible(args, s, block->query[r]);
+    if (!real || seen.empty()) seen = {0, 0};
+    block->begin[r] = (int32_t)seen.begin;
+    block->end[r] = (int32_t)seen.end;
+    if (seen.empty()) continue;
+    block->keys.begin = at_most(block->keys.begin, seen.begin);
+    block->keys.end = at_least(block->keys.end, seen.end);
+  }
+}
+
+// A group of a block: lanes [lane, lane + vectors * kLanes).
+struct Group {
+  int lane, vectors;
+  Range some, all;  // keys that some row sees, and that all do
+};
+
+static int split_groups(const Block& block, Group* groups) {
+  int count = 0;
+  for (int v = 0; v < block.vectors;) {
+    const int left = block.vectors - v;
+    const int vectors = left == 4              ? 2
+                        : left < kGroupVectors ? left
+                                               : kGroupVectors;  // never a lone one
+    Group group{v * kLanes, vectors, {INT64_MAX, 0}, {0, INT64_MAX}};
+    for (int r = group.lane; r < group.lane + vectors * kLanes; ++r) {
+      if (r < block.rows) {
+        group.all.begin = at_least(group.all.begin, block.begin[r]);
+        group.all.end = at_most(group.all.end, block.end[r]);
+      }
+      if (block.begin[r] >= block.end[r]) continue;
+      group.some.begin = at_most(group.some.begin, block.begin[r]);
+      group.some.end = at_least(group.some.end, block.end[r]);
+    }
+    groups[count++] = group;
+    v += vectors;
+  }
+  return count;
+}
+
+// ---- a tile of scores: n keys from `key`, by the lanes of a group -----------------------------
+
+// True where a call needs more than products and positions; such scores are natural, others hold
+// log2(e) already.
+FA_INLINE bool is_featured(const AttentionArgs& args) {
+  return args.bias.data != nullptr || args.mask.data != nullptr ||
+         args.alibi_slopes.data != nullptr || args.softcap > 0 || args.sinks.data != nullptr ||
+         args.dropout;
+}
+
+// tanh to 2e-7 relative: a polynomial (Cephes) near 0, where 1 - 2 / (e^2x + 1) cancels.
+FA_INLINE Vec softcap_tanh(Vec x) {
+  const Vec z = x * x;
+  Vec p = splat(-5.70498872745e-3f);
+  p = fma(p, z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  const Vec near = fma(p * z, x, x);
+  const Vec size = x < Vec{} ? -x : x;
+  const Vec e = exp2(min(splat(60.f), size) * splat(2 * kLog2e));
+  const Vec far = splat(1.f) - splat(2.f) / (e + splat(1.f));
+  return size < splat(0.625f) ? near : x != x ? x : x < Vec{} ? -far : far;
+}
+
+// Columns [key, key + n) of a broadcast tensor as (n x W), lanes in columns. Slot 8 of the scratch.
+template <class T>
+static const float* gather_scores(
+    const Scores& x, const Block& block, const Group& group, const Sequence& s, int64_t key,
+    int64_t n) {
+  const int W = group.vectors * kLanes;
+  float* tile = thread_scratch(8, n * W);
+  for (int v = 0; v < group.vectors; ++v) {
+    const void* rows[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int r = group.lane + v * kLanes + l;
+      rows[l] = (const T*)x.data + x.at(s.b, block.head[r], block.query[r]) + key * x.col;
+    }
+    float* out = tile + v * kLanes;
+    if (x.col == 1) {
+      pack_rows<T>(rows, n, 1.f, out, W);
+      continue;
+    }
+    for (int64_t k = 0; k < n; ++k)
+      for (int l = 0; l < kLanes; ++l) out[k * W + l] = to_float(((const T*)rows[l])[k * x.col]);
+  }
+  return tile;
+}
+static const float* gather(
+    const Scores& x, const Block& block, const Group& group, const Sequence& s, int64_t key,
+    int64_t n) {
+  switch (x.dtype) {
+    case Dtype::bf16: return gather_scores<bf16>(x, block, group, s, key, n);
+    case Dtype::f16: return gather_scores<fp16>(x, block, group, s, key, n);
+    default: return gather_scores<float>(x, block, group, s, key, n);
+  }
+}
+
+// s = softcap * tanh(s / softcap); `slope` receives 1 - tanh^2, the derivative, where wanted.
+static void cap_scores(float softcap, int64_t entries, float* scores, float* slope) {
+  const Vec cap = splat(softcap), inverse = splat(1.f / softcap);
+  for (int64_t e = 0; e < entries; e += kLanes) {
+    const Vec t = softcap_tanh(load(scores + e) * inverse);
+    store(scores + e, t * cap);
+    if (slope != nullptr) store(slope + e, splat(1.f) - t * t);
+  }
+}
+
+static void subtract_alibi(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    int64_t key, int64_t n, float* scores) {
+  for (int v = 0; v < group.vectors; ++v) {
+    Vec slope, middle;
+    for (int l = 0; l < kLanes; ++l) {
+      const int r = group.lane + v * kLanes + l;
+      slope[l] = args.alibi_slopes.at(s.b, block.head[r]);
+      middle[l] = (float)(block.query[r] + s.diagonal);
+    }
+    for (int64_t k = 0; k < n; ++k) {
+      const Vec distance = middle - splat((float)(key + k));
+      float* at = scores + (k * group.vectors + v) * kLanes;
+      store(at, load(at) - slope * (distance < Vec{} ? -distance : distance));
+    }
+  }
+}
+
+static void add_tile(const float* tile, int64_t entries, float* scores) {
+  for (int64_t e = 0; e < entries; e += kLanes)
+    store(scores + e, load(scores + e) + load(tile + e));
+}
+static void keep_tile(const float* tile, int64_t entries, float* scores) {
+  for (int64_t e = 0; e < entries; e += kLanes)
+    store(scores + e, load(tile + e) != Vec{} ? load(scores + e) : splat(-kInf));
+}
+
+// softcap, bias, ALiBi and mask, in this order. cap_slope: as in cap_scores.
+static __attribute__((noinline)) void modify_scores(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    int64_t key, int64_t n, float* scores, float* cap_slope) {
+  const int64_t entries = n * group.vectors * kLanes;
+  if (args.softcap > 0) cap_scores(args.softcap, entries, scores, cap_slope);
+  if (args.bias.data != nullptr)
+    add_tile(gather(args.bias, block, group, s, key, n), entries, scores);
+  if (args.alibi_slopes.data != nullptr) subtract_alibi(args, block, group, s, key, n, scores);
+  if (args.mask.data != nullptr)
+    keep_tile(gather_scores<uint8_t>(args.mask, block, group, s, key, n), entries, scores);
+}
+
+// -inf where a row does not see a key by position.
+static __attribute__((noinline)) void hide_scores(
+    const Block& block, const Group& group, int64_t key, int64_t n, float* scores) {
+  for (int v = 0; v < group.vectors; ++v) {
+    IVec begin, end;
+    __builtin_memcpy(&begin, block.begin + group.lane + v * kLanes, sizeof begin);
+    __builtin_memcpy(&end, block.end + group.lane + v * kLanes, sizeof end);
+    for (int64_t k = 0; k < n; ++k) {
+      const IVec j = IVec{} + (int32_t)(key + k);
+      float* at = scores + (k * group.vectors + v) * kLanes;
+      store(at, ((begin <= j) & (j < end)) ? load(at) : splat(-kInf));
+    }
+  }
+}
+
+// Multiplies (n x W) weights by what dropout keeps: keep_scale or 0.
+static __attribute__((noinline)) void drop_weights(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    int64_t key, int64_t n, float* weights) {
+  const int W = group.vectors * kLanes;
+  for (int64_t quad = key / 4; quad * 4 < key + n; ++quad) {
+    uint32_t words[4][kBlockRows];
+    for (int l = 0; l < W; ++l) {  // vectorised by the compiler: lanes differ in query and head
+      const int r = group.lane + l;
+      const PhiloxWords four = philox4x32(
+          (uint32_t)quad, (uint32_t)block.query[r], (uint32_t)(s.b * args.Hq + block.head[r]),
+          args.philox.offset, args.philox.seed);
+      for (int w = 0; w < 4; ++w) words[w][l] = four.word[w];
+    }
+    for (int w = 0; w < 4; ++w) {
+      const int64_t k = quad * 4 + w - key;
+      if (k < 0 || k >= n) continue;
+      for (int l = 0; l < W; ++l)
+        weights[k * W + l] *= words[w][l] >= args.drop_below ? args.keep_scale : 0.f;
+    }
+  }
+}
+
+// ---- keys and values -------------------------------------------------------------------------
+
+struct Tile {
+  const float* data;
+  int64_t stride;
+};
+
+FA_INLINE const void* key_row(
+    const AttentionArgs& args, const Heads& x, const Sequence& s, int64_t head, int64_t j) {
+  if (args.paging.table == nullptr)
+    return offset_by(x.data, x.dtype, x.at(s.b, head, s.key_start + j));
+  const int32_t page = args.paging.table[s.b * args.paging.batch + j / args.paging.page_size];
+  return offset_by(x.data, x.dtype, x.at(page, head, j % args.paging.page_size));
+}
+
+// Keys [key, key + n) of a head as fp32 rows: where they lie, or copied into buffer.
+static Tile read_keys(
+    const AttentionArgs& args, const Heads& x, const Sequence& s, int64_t head, int64_t key,
+    int64_t n, int64_t cols, float* buffer) {
+  if (x.dtype == Dtype::f32 && args.paging.table == nullptr)
+    return {(const float*)key_row(args, x, s, head, key), x.row};
+  for (int64_t k = 0; k < n; ++k)
+    FASTATTN_DISPATCH(
+        x.dtype, widen_row, key_row(args, x, s, head, key + k), cols, buffer + k * cols);
+  return {buffer, cols};
+}
+
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,250 @@
+// What attention is made of: queries in vector lanes, keys and values broadcast from memory.
+//
+// A block of query rows is cut into groups of NV vectors (NV = 3, 2 or 1: W = NV * kLanes rows).
+// Inside a group everything is transposed: QT (D x W), scores ST (keys x W), OT (Dv x W). So K and
+// V are read as they lie, softmax is vertical, and only Q in and O out are transposed. The tile of
+// a product is MR rows of broadcast scalars by NV vectors: 3 x 4 fills AVX2's 16 registers, 3 x 8
+// AVX-512's 32.
+
+namespace fastattn::FASTATTN_ISA {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int tile_rows(int vectors) { return vectors == 1 ? 16 : 8; }
+#else
+constexpr int tile_rows(int vectors) { return vectors == 1 ? 8 : 4; }
+#endif
+
+constexpr int kGroupVectors = 3;
+constexpr int kBlockVectors = 4 * kGroupVectors;
+constexpr int kBlockRows = kBlockVectors * kLanes;
+constexpr int64_t kTileKeys = 64;
+
+FA_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+FA_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+FA_INLINE int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// ---- transposes ------------------------------------------------------------------------------
+
+#if FASTATTN_LANES == 4
+#define FA_ZIP(a, b, first) __builtin_shufflevector(a, b, first, first + 4, first + 1, first + 5)
+#elif FASTATTN_LANES == 8
+#define FA_ZIP(a, b, first) \
+  __builtin_shufflevector(  \
+      a, b, first, first + 8, first + 1, first + 9, first + 2, first + 10, first + 3, first + 11)
+#else
+#define FA_ZIP(a, b, first)                                                                       \
+  __builtin_shufflevector(                                                                        \
+      a, b, first, first + 16, first + 1, first + 17, first + 2, first + 18, first + 3,           \
+      first + 19, first + 4, first + 20, first + 5, first + 21, first + 6, first + 22, first + 7, \
+      first + 23)
+#endif
+
+// kLanes x kLanes in place: log2(kLanes) rounds of zipping row k with row k + kLanes / 2.
+FA_INLINE void transpose(Vec (&x)[kLanes]) {
+  for (int round = 1; round < kLanes; round *= 2) {
+    Vec y[kLanes];
+    FA_UNROLL for (int k = 0; k < kLanes / 2; ++k) {
+      y[2 * k] = FA_ZIP(x[k], x[k + kLanes / 2], 0);
+      y[2 * k + 1] = FA_ZIP(x[k], x[k + kLanes / 2], kLanes / 2);
+    }
+    FA_UNROLL for (int k = 0; k < kLanes; ++k) x[k] = y[k];
+  }
+}
+
+// kLanes rows (null is a row of zeros) of `cols` entries, times factor, as columns: entry c of row
+// l goes to out[c * W + l].
+template <class T>
+static void pack_rows(const void* const* rows, int64_t cols, float factor, float* out, int64_t W) {
+  bool all = true;
+  for (int l = 0; l < kLanes; ++l) all = all && rows[l] != nullptr;
+  int64_t c = 0;
+  if (all)
+    for (; c + kLanes <= cols; c += kLanes) {
+      Vec x[kLanes];
+      FA_UNROLL for (int l = 0; l < kLanes; ++l) x[l] = load((const T*)rows[l] + c) * splat(factor);
+      transpose(x);
+      FA_UNROLL for (int l = 0; l < kLanes; ++l) store(out + (c + l) * W, x[l]);
+    }
+  for (int l = 0; l < kLanes; ++l)
+    for (int64_t d = c; d < cols; ++d)
+      out[d * W + l] = rows[l] == nullptr ? 0.f : to_float(((const T*)rows[l])[d]) * factor;
+}
+static void pack(
+    Dtype dtype, const void* const* rows, int64_t cols, float factor, float* out, int64_t W) {
+  FASTATTN_DISPATCH(dtype, pack_rows, rows, cols, factor, out, W);
+}
+
+// The way back: column c of `in`, times factors, becomes entry c of every row that is not null.
+template <class T>
+static void unpack_rows(
+    const float* in, int64_t W, int64_t cols, const float* factors, void* const* rows) {
+  const Vec factor = load(factors);
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const int64_t n = at_most(kLanes, cols - c);
+    Vec x[kLanes] = {};
+    for (int l = 0; l < n; ++l) x[l] = load(in + (c + l) * W) * factor;
+    transpose(x);
+    for (int l = 0; l < kLanes; ++l) {
+      if (rows[l] == nullptr) continue;
+      if (n == kLanes)
+        store((T*)rows[l] + c, x[l]);
+      else
+        store_first((T*)rows[l] + c, x[l], n);
+    }
+  }
+}
+static void unpack(
+    Dtype dtype, const float* in, int64_t W, int64_t cols, const float* factors,
+    void* const* rows) {
+  FASTATTN_DISPATCH(dtype, unpack_rows, in, W, cols, factors, rows);
+}
+
+// Adds column c of `in`, times factor, to entry c of every fp32 row that is not null.
+static void unpack_add(const float* in, int64_t W, int64_t cols, float factor, void* const* rows) {
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const int64_t n = at_most(kLanes, cols - c);
+    Vec x[kLanes] = {};
+    for (int l = 0; l < n; ++l) x[l] = load(in + (c + l) * W) * splat(factor);
+    transpose(x);
+    for (int l = 0; l < kLanes; ++l) {
+      float* row = (float*)rows[l] + c;
+      if (rows[l] == nullptr) continue;
+      if (n == kLanes)
+        store(row, load(row) + x[l]);
+      else
+        store_first(row, load_first(row, n) + x[l], n);
+    }
+  }
+}
+
+template <class T>
+static void widen_row(const void* row, int64_t cols, float* out) {
+  const T* x = (const T*)row;
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) store(out + c, load(x + c));
+  if (c < cols) store_first(out + c, load_first(x + c, cols - c), cols - c);
+}
+template <class T>
+static void narrow_row(const float* x, int64_t cols, float factor, void* row) {
+  T* out = (T*)row;
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) store(out + c, load(x + c) * splat(factor));
+  if (c < cols) store_first(out + c, load_first(x + c, cols - c) * splat(factor), cols - c);
+}
+
+FA_INLINE int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+FA_INLINE void* offset_by(void* data, Dtype dtype, int64_t entries) {
+  return (char*)data + entries * bytes_of(dtype);
+}
+
+// ---- products --------------------------------------------------------------------------------
+
+// s[r][v] += sum over d of rows[r][d] * columns[d][v]: K by QT, or V by dOT.
+template <int NV, int MR>
+FA_INLINE void dot_tile(
+    const float* rows, int64_t stride, const float* columns, int64_t D, Vec (&s)[MR][NV]) {
+  FA_UNROLL for (int r = 0; r < MR; ++r) FA_UNROLL for (int v = 0; v < NV; ++v) s[r][v] = Vec{};
+  for (int64_t d = 0; d < D; ++d) {
+    Vec q[NV];
+    FA_UNROLL for (int v = 0; v < NV; ++v) q[v] = load(columns + (d * NV + v) * kLanes);
+    FA_UNROLL for (int r = 0; r < MR; ++r) {
+      const Vec k = splat(rows[r * stride + d]);
+      FA_UNROLL for (int v = 0; v < NV; ++v) s[r][v] = fma(k, q[v], s[r][v]);
+    }
+  }
+}
+
+// out (n x W) = rows (n x D) by columns (D x W); the largest entry of each column where asked.
+template <int NV>
+FA_INLINE void dot_rows(
+    const float* rows, int64_t stride, int64_t n, const float* columns, int64_t D, float* out,
+    Vec (&largest)[NV]) {
+  constexpr int MR = tile_rows(NV);
+  const auto tile = [&](auto size, int64_t k) __attribute__((always_inline)) {
+    constexpr int rows_now = decltype(size)::value;
+    Vec s[rows_now][NV];
+    dot_tile<NV, rows_now>(rows + k * stride, stride, columns, D, s);
+    FA_UNROLL for (int r = 0; r < rows_now; ++r) FA_UNROLL for (int v = 0; v < NV; ++v) {
+      store(out + ((k + r) * NV + v) * kLanes, s[r][v]);
+      largest[v] = max(largest[v], s[r][v]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + MR <= n; k += MR) tile(std::integral_constant<int, MR>{}, k);
+  for (; k + 4 <= n; k += 4) tile(std::integral_constant<int, 4>{}, k);
+  for (; k < n; ++k) tile(std::integral_constant<int, 1>{}, k);
+}
+
+// out (cols x W) = out * alpha + rows^T (cols x n) by weights (n x W): O += V^T P, or dQ += K^T dS.
+template <int NV>
+FA_INLINE void add_rows(
+    const float* rows, int64_t stride, int64_t n, int64_t cols, const float* weights, float* out,
+    const Vec (&alpha)[NV]) {
+  constexpr int MR = tile_rows(NV);
+  const auto tile = [&](auto size, int64_t c) __attribute__((always_inline)) {
+    constexpr int cols_now = decltype(size)::value;
+    Vec acc[cols_now][NV];
+    FA_UNROLL for (int r = 0; r < cols_now; ++r) FA_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] =
+        load(out + ((c + r) * NV + v) * kLanes) * alpha[v];
+    for (int64_t k = 0; k < n; ++k) {
+      Vec w[NV];
+      FA_UNROLL for (int v = 0; v < NV; ++v) w[v] = load(weights + (k * NV + v) * kLanes);
+      FA_UNROLL for (int r = 0; r < cols_now; ++r) {
+        const Vec x = splat(rows[k * stride + c + r]);
+        FA_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+      }
+    }
+    FA_UNROLL for (int r = 0; r < cols_now; ++r) FA_UNROLL for (int v = 0; v < NV; ++v)
+        store(out + ((c + r) * NV + v) * kLanes, acc[r][v]);
+  };
+  int64_t c = 0;
+  for (; c + MR <= cols; c += MR) tile(std::integral_constant<int, MR>{}, c);
+  for (; c + 4 <= cols; c += 4) tile(std::integral_constant<int, 4>{}, c);
+  for (; c < cols; ++c) tile(std::integral_constant<int, 1>{}, c);
+}
+
+// sum (n x cols) += weights (n x q, rows W apart) by rows (q x cols): dV += P dO, dK += dS Q.
+// `cols` is a multiple of kLanes: rows and sum are padded with zeros.
+template <int MR, int NC>
+FA_INLINE void outer_tile(
+    const float* weights, int64_t W, const float* rows, int64_t q, int64_t cols, float* sum) {
+  Vec acc[MR][NC];
+  FA_UNROLL for (int r = 0; r < MR; ++r) FA_UNROLL for (int v = 0; v < NC; ++v) acc[r][v] = Vec{};
+  for (int64_t i = 0; i < q; ++i) {
+    Vec x[NC];
+    FA_UNROLL for (int v = 0; v < NC; ++v) x[v] = load(rows + i * cols + v * kLanes);
+    FA_UNROLL for (int r = 0; r < MR; ++r) {
+      const Vec w = splat(weights[r * W + i]);
+      FA_UNROLL for (int v = 0; v < NC; ++v) acc[r][v] = fma(w, x[v], acc[r][v]);
+    }
+  }
+  FA_UNROLL for (int r = 0; r < MR; ++r) FA_UNROLL for (int v = 0; v < NC; ++v) {
+    float* at = sum + r * cols + v * kLanes;
+    store(at, load(at) + acc[r][v]);
+  }
+}
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kOuterRows = 6, kOuterVectors = 4;
+#else
+constexpr int kOuterRows = 6, kOuterVectors = 2;
+#endif
+template <int NC>
+FA_INLINE void outer_columns(
+    const float* weights, int64_t W, int64_t n, const float* rows, int64_t q, int64_t cols,
+    float* sum) {
+  int64_t k = 0;
+  for (; k + kOuterRows <= n; k += kOuterRows)
+    outer_tile<kOuterRows, NC>(weights + k * W, W, rows, q, cols, sum + k * cols);
+  for (; k + 2 <= n; k += 2) outer_tile<2, NC>(weights + k * W, W, rows, q, cols, sum + k * cols);
+  for (; k < n; ++k) outer_tile<1, NC>(weights + k * W, W, rows, q, cols, sum + k * cols);
+}
+static __attribute__((noinline)) void add_outer(
+    const float* weights, int64_t W, int64_t n, const float* rows, int64_t q, int64_t cols,
+    float* sum) {
+  int64_t c = 0;
+  for (; c + kOuterVectors * kLanes <= cols; c += kOuterVectors * kLanes)
+    outer_columns<kOuterVectors>(weights, W, n, rows + c, q, cols, sum + c);
+  for (; c < cols; c += kLanes) outer_columns<1>(weights, W, n, rows + c, q, cols, sum + c);
+}
+
+}  // namespace fastattn::FASTATTN_ISA

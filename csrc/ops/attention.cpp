@@ -1,0 +1,287 @@
+#include "tensors.h"
+
+namespace fastattn {
+
+// ---- tensors as the attention kernels see them ------------------------------------------------
+
+static Heads heads(const Tensor& x) {
+  Heads h;
+  h.data = const_cast<void*>(x.const_data_ptr());
+  h.dtype = dtype_of(x);
+  if (x.dim() == 4) {
+    h.batch = x.stride(0);
+    h.head = x.stride(1);
+    h.row = x.stride(2);
+  } else {  // packed (total, H, D)
+    h.row = x.stride(0);
+    h.head = x.stride(1);
+  }
+  return h;
+}
+
+// Pages (pages, page_size, Hkv, D): the page stands in the batch's place.
+static Heads paged_heads(const Tensor& x) {
+  Heads h = heads(x);
+  h.head = x.stride(2);
+  h.row = x.stride(1);
+  return h;
+}
+
+static Scores scores(const OptionalTensor& x) {
+  Scores s;
+  if (!x) return s;
+  s.data = const_cast<void*>(x->const_data_ptr());
+  s.dtype = dtype_of(*x);
+  for (int d = 0; d < 4; ++d) s.size[d] = x->size(d);
+  int64_t* strides[4] = {&s.batch, &s.head, &s.row, &s.col};
+  for (int d = 0; d < 4; ++d) *strides[d] = x->size(d) == 1 ? 0 : x->stride(d);
+  return s;
+}
+
+// (Hq,) or (B, Hq) in fp32: `holder` keeps a converted copy alive.
+static PerHead per_head(const OptionalTensor& x, Tensor* holder) {
+  if (!x) return {};
+  *holder = fp32(*x);
+  return {holder->const_data_ptr<float>(), x->dim() == 2 ? holder->stride(0) : 0};
+}
+
+static const int32_t* ints(const OptionalTensor& x) {
+  return x ? x->const_data_ptr<int32_t>() : nullptr;
+}
+
+static void check_cu_seqlens(const char* name, const int32_t* starts, int64_t B, int64_t total) {
+  for (int64_t b = 0; b <= B; ++b) {
+    const int32_t before = b == 0 ? 0 : starts[b - 1];
+    STD_TORCH_CHECK(
+        starts[b] >= before && (b > 0 || starts[b] == 0), "\nattention: ", name,
+        " must start at 0 and not decrease: entry ", b, " is ", starts[b], " after ", before, "\n");
+  }
+  STD_TORCH_CHECK(
+      starts[B] == total, "\nattention: ", name, " must end at the packed total ", total, ", got ",
+      starts[B], "\n");
+}
+
+static int64_t longest(const int32_t* starts, int64_t B) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < B; ++b) most = std::max<int64_t>(most, starts[b + 1] - starts[b]);
+  return most;
+}
+
+// The operator's arguments, in the schema's order, once for forward and backward.
+struct Call {
+  const Tensor &query, &key, &value;
+  const OptionalTensor &bias, &mask, &alibi_slopes, &sinks, &cu_seqlens_q, &cu_seqlens_k,
+      &key_lengths, &page_table, &philox;
+  double scale;
+  bool causal;
+  std::optional<int64_t> window_left, window_right;
+  double softcap, dropout_p;
+  bool diagonal_at_length;
+};
+
+struct Held {  // copies that the arguments point into
+  Tensor alibi_slopes, sinks;
+};
+
+static AttentionArgs attention_args(const Call& call, Held* held) {
+  AttentionArgs a{};
+  const bool packed = call.query.dim() == 3, paged = call.page_table.has_value();
+  a.Hq = call.query.size(1);
+  a.D = call.query.size(-1);
+  a.Dv = call.value.size(-1);
+  a.query = heads(call.query);
+  a.key = paged ? paged_heads(call.key) : heads(call.key);
+  a.value = paged ? paged_heads(call.value) : heads(call.value);
+  a.Hkv = call.key.size(paged ? 2 : 1);
+  a.cu_seqlens_q = ints(call.cu_seqlens_q);
+  a.cu_seqlens_k = ints(call.cu_seqlens_k);
+  a.key_lengths = ints(call.key_lengths);
+  if (packed) {
+    a.B = call.cu_seqlens_q->numel() - 1;
+    check_cu_seqlens("cu_seqlens_q", a.cu_seqlens_q, a.B, call.query.size(0));
+    check_cu_seqlens("cu_seqlens_k", a.cu_seqlens_k, a.B, call.key.size(0));
+    a.Sq = longest(a.cu_seqlens_q, a.B);
+    a.Sk = longest(a.cu_seqlens_k, a.B);
+    a.lse_head = call.query.size(0);
+  } else {
+    a.B = call.query.size(0);
+    a.Sq = call.query.size(2);
+    a.Sk = paged ? call.page_table->size(1) * call.key.size(1) : call.key.size(2);
+    a.lse_head = a.Sq;
+    a.lse_batch = a.Hq * a.Sq;
+  }
+  if (a.key_lengths != nullptr)
+    for (int64_t b = 0; b < a.B; ++b)
+      STD_TORCH_CHECK(
+          a.key_lengths[b] >= 0 && a.key_lengths[b] <= a.Sk,
+          "\nattention: key_lengths must be in [0, ", a.Sk, "], entry ", b, " is ",
+          a.key_lengths[b], "\n");
+  if (paged) a.paging = {ints(call.page_table), call.page_table->stride(0), call.key.size(1)};
+  a.bias = scores(call.bias);
+  a.mask = scores(call.mask);
+  a.alibi_slopes = per_head(call.alibi_slopes, &held->alibi_slopes);
+  a.sinks = per_head(call.sinks, &held->sinks);
+  a.scale = static_cast<float>(call.scale);
+  a.softcap = static_cast<float>(call.softcap);
+  a.window_left = call.window_left.value_or(kUnlimited);
+  a.window_right = call.window_right.value_or(kUnlimited);
+  if (call.causal) a.window_right = 0;
+  a.diagonal_at_length = call.diagonal_at_length;
+  a.dropout = call.philox && call.dropout_p > 0;
+  if (a.dropout) {
+    const auto* seed_offset = call.philox->const_data_ptr<int64_t>();
+    a.philox = {static_cast<uint64_t>(seed_offset[0]), static_cast<uint32_t>(seed_offset[1])};
+    a.drop_below = call.dropout_p < 1 ? static_cast<uint32_t>(call.dropout_p * 4294967296.0) : 0;
+    a.keep_scale = call.dropout_p < 1 ? static_cast<float>(1 / (1 - call.dropout_p)) : 0.f;
+  }
+  return a;
+}
+
+// ---- forward ----------------------------------------------------------------------------------
+
+// out lies as query does: heads before rows, or rows before heads.
+static Tensor empty_out(const Tensor& query, int64_t Dv) {
+  if (query.dim() == 3) return torch::stable::new_empty(query, {query.size(0), query.size(1), Dv});
+  const int64_t B = query.size(0), Hq = query.size(1), Sq = query.size(2);
+  if (query.stride(1) >= query.stride(2)) return torch::stable::new_empty(query, {B, Hq, Sq, Dv});
+  return torch::stable::transpose(torch::stable::new_empty(query, {B, Sq, Hq, Dv}), 1, 2);
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
+    const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& key_lengths, const OptionalTensor& page_table,
+    const OptionalTensor& philox, double scale, bool causal, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, double softcap, double dropout_p, bool diagonal_at_length,
+    int64_t, int64_t) {
+  Held held;
+  AttentionArgs args = attention_args(
+      {query, key, value, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, key_lengths,
+       page_table, philox, scale, causal, window_left, window_right, softcap, dropout_p,
+       diagonal_at_length},
+      &held);
+  Tensor out = empty_out(query, args.Dv);
+  Tensor lse = query.dim() == 3
+                   ? torch::stable::new_empty(query, {args.Hq, query.size(0)}, ScalarType::Float)
+                   : torch::stable::new_empty(query, {args.B, args.Hq, args.Sq}, ScalarType::Float);
+  args.out = heads(out);
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  kernels().attention_fwd(args);
+  return {out, lse};
+}
+
+// ---- backward ---------------------------------------------------------------------------------
+
+// dquery is summed in fp32: in its own memory where that is fp32.
+static Tensor fp32_zeros(const Tensor& query) {
+  if (query.scalar_type() != ScalarType::Float)
+    return torch::stable::new_zeros(query, query.sizes(), ScalarType::Float);
+  Tensor zeros = torch::stable::empty_like(query);
+  return torch::stable::zero_(zeros);
+}
+static Tensor in_dtype_of(const Tensor& query, const Tensor& sums) {
+  if (query.scalar_type() == ScalarType::Float) return sums;
+  Tensor result = torch::stable::empty_like(query);
+  return torch::stable::copy_(result, sums);
+}
+
+static Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+// (B, Hq, chunks) shares of the slopes' gradients -> the gradient, in the slopes' shape and dtype.
+static Tensor sum_slopes(const Tensor& shares, const Tensor& slopes) {
+  const int64_t B = shares.size(0), Hq = shares.size(1), chunks = shares.size(2);
+  const bool each = slopes.dim() == 2;
+  Tensor sums = torch::stable::new_zeros(shares, slopes.sizes());
+  const float* from = shares.const_data_ptr<float>();
+  float* to = static_cast<float*>(sums.mutable_data_ptr());
+  for (int64_t h = 0; h < Hq; ++h) {
+    double sum = 0;
+    for (int64_t b = 0; b < B; ++b) {
+      if (each) sum = 0;
+      for (int64_t c = 0; c < chunks; ++c) sum += from[(b * Hq + h) * chunks + c];
+      to[each ? b * Hq + h : h] = static_cast<float>(sum);
+    }
+  }
+  return torch::stable::to(sums, slopes.scalar_type());
+}
+
+// dsink = -sum over rows of exp(sink - lse) * delta: the sink takes part in every row's lse.
+static Tensor sum_sinks(const AttentionArgs& args, const float* delta, const Tensor& sinks) {
+  Tensor sums = torch::stable::new_zeros(sinks, sinks.sizes(), ScalarType::Float);
+  float* to = static_cast<float*>(sums.mutable_data_ptr());
+  const int64_t rows = args.lse_head, batches = args.lse_batch == 0 ? 1 : args.B;
+  for (int64_t h = 0; h < args.Hq; ++h) {
+    double sum = 0;
+    for (int64_t b = 0; b < batches; ++b)
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = b * args.lse_batch + h * args.lse_head + i;
+        const double share = std::exp(static_cast<double>(args.sinks.at(0, h)) - args.lse[at]);
+        if (share > 0) sum -= share * delta[at];
+      }
+    to[h] = static_cast<float>(sum);
+  }
+  return torch::stable::to(sums, sinks.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    const OptionalTensor& dout_any, const OptionalTensor& dlse, const Tensor& query,
+    const Tensor& key, const Tensor& value, const OptionalTensor& bias, const OptionalTensor& mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& key_lengths, const OptionalTensor& page_table,
+    const OptionalTensor& philox, const Tensor& out, const Tensor& lse, double scale, bool causal,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
+    double dropout_p, bool diagonal_at_length, int64_t, int64_t, int64_t needs) {
+  Held held;
+  AttentionArgs args = attention_args(
+      {query, key, value, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, key_lengths,
+       page_table, philox, scale, causal, window_left, window_right, softcap, dropout_p,
+       diagonal_at_length},
+      &held);
+  args.out = heads(out);
+  args.lse = const_cast<float*>(lse.const_data_ptr<float>());
+
+  Tensor dout =
+      dout_any ? with_contiguous_rows(*dout_any) : torch::stable::new_zeros(out, out.sizes());
+  Tensor delta = torch::stable::new_zeros(lse, lse.sizes());
+  if (dlse) torch::stable::copy_(delta, torch::stable::subtract(delta, *dlse));
+  Tensor dquery = fp32_zeros(query);
+  Tensor dkey = torch::stable::empty_like(key);
+  Tensor dvalue = torch::stable::empty_like(value);
+
+  AttentionGradients grads{};
+  grads.dout = heads(dout);
+  grads.delta = static_cast<float*>(delta.mutable_data_ptr());
+  grads.dquery = heads(dquery);
+  grads.dkey = heads(dkey);
+  grads.dvalue = heads(dvalue);
+  const int64_t blocks = kernels().attention_blocks(args.Sq);
+  const int64_t chunks = kernels().attention_chunks(args.Sk);
+  Tensor turns = torch::stable::new_zeros(
+      query, {std::max<int64_t>(1, args.B * args.Hq * blocks)}, ScalarType::Int);
+  grads.turns = static_cast<std::atomic<int32_t>*>(turns.mutable_data_ptr());
+
+  Tensor dbias = nothing(query), dslopes = nothing(query), dsinks = nothing(query), shares;
+  if (bias && (needs >> 3 & 1)) {
+    dbias = torch::stable::empty_like(*bias);
+    torch::stable::zero_(dbias);
+    grads.dbias = scores(dbias);
+  }
+  const bool needs_slopes = alibi_slopes && (needs >> 4 & 1);
+  if (needs_slopes) {
+    shares = torch::stable::new_zeros(lse, {args.B, args.Hq, chunks});
+    grads.slope_sums = static_cast<float*>(shares.mutable_data_ptr());
+  }
+  kernels().attention_bwd(args, grads);
+  if (needs_slopes) dslopes = sum_slopes(shares, *alibi_slopes);
+  if (sinks && (needs >> 5 & 1)) dsinks = sum_sinks(args, grads.delta, *sinks);
+  return {in_dtype_of(query, dquery), dkey, dvalue, dbias, dslopes, dsinks};
+}
+
+}  // namespace fastattn
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&fastattn::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&fastattn::attention_bwd));
+}
