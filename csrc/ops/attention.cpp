@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> attention_fwd(
                    : torch::stable::new_empty(query, {args.B, args.Hq, args.Sq}, ScalarType::Float);
   args.out = heads(out);
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  kernels().attention_fwd(args);
+  if (args.Hq > 0) kernels().attention_fwd(args);
   return {out, lse};
 }
 
@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     shares = torch::stable::new_zeros(lse, {args.B, args.Hq, chunks});
     grads.slope_sums = static_cast<float*>(shares.mutable_data_ptr());
   }
-  kernels().attention_bwd(args, grads);
+  if (args.Hq > 0) kernels().attention_bwd(args, grads);
   if (needs_slopes) dslopes = sum_slopes(shares, *alibi_slopes);
   if (sinks && (needs >> 5 & 1)) dsinks = sum_sinks(args, grads.delta, *sinks);
   return {in_dtype_of(query, dquery), dkey, dvalue, dbias, dslopes, dsinks};
