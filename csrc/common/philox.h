@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., SC 2011): the words that decide what dropout keeps, the same on
-// every backend. kernels/reference/philox.py is the definition.
+// Philox4x32-10 (Salmon et al., SC 2011), the one source of dropout masks. An entry is kept where
+// its word is at least floor(p * 2^32), so every backend drops the same entries, bit for bit.
 #pragma once
 #include <cstdint>
 
@@ -7,24 +7,29 @@ namespace fastattn {
 
 struct PhiloxKey {
   uint64_t seed;
-  uint32_t offset;
+  uint32_t offset;  // the fourth counter
 };
+
 struct PhiloxWords {
   uint32_t word[4];
 };
 
-inline PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
+// Straight-line 32 x 32 -> 64 bit products: a loop over it becomes vector code.
+inline __attribute__((always_inline)) PhiloxWords philox4x32(
+    uint32_t counter0, uint32_t counter1, uint32_t counter2, uint32_t counter3, uint64_t seed) {
   uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = (uint64_t)0xD2511F53 * c0, b = (uint64_t)0xCD9E8D57 * c2;
-    c0 = (uint32_t)(b >> 32) ^ c1 ^ key0;
-    c1 = (uint32_t)b;
-    c2 = (uint32_t)(a >> 32) ^ c3 ^ key1;
-    c3 = (uint32_t)a;
+    const uint64_t product0 = (uint64_t)0xD2511F53 * counter0;
+    const uint64_t product1 = (uint64_t)0xCD9E8D57 * counter2;
+    counter0 = (uint32_t)(product1 >> 32) ^ counter1 ^ key0;
+    counter1 = (uint32_t)product1;
+    counter2 = (uint32_t)(product0 >> 32) ^ counter3 ^ key1;
+    counter3 = (uint32_t)product0;
     key0 += 0x9E3779B9;
     key1 += 0xBB67AE85;
   }
-  return {{c0, c1, c2, c3}};
+  return {{counter0, counter1, counter2, counter3}};
 }
 
 }  // namespace fastattn

@@ -16,7 +16,8 @@ enum class Dtype { f32, bf16, f16 };
     }                                                       \
   } while (0)
 
-// Where row r of a broadcast tensor starts, when the leading dimensions are counted as one.
+// Where row r of a strided or broadcast tensor starts, when the leading dimensions are counted as
+// one. Neighbouring dimensions that one stride serves are merged, so most tensors have dims <= 1.
 struct RowMap {
   const void* data = nullptr;  // null: the tensor is absent
   int dims = 0;
@@ -25,12 +26,18 @@ struct RowMap {
 
   int64_t offset(int64_t row) const {
     int64_t at = 0;
-    for (int d = dims - 1; d >= 0; --d) {
+    for (int d = dims - 1; d > 0; --d) {
       at += row % size[d] * stride[d];
       row /= size[d];
     }
-    return at;
+    return dims > 0 ? at + row * stride[0] : at;
   }
+};
+
+// C entries shared by all rows, contiguous, in their own dtype.
+struct Columns {
+  const void* data = nullptr;  // null: the tensor is absent
+  Dtype dtype = Dtype::f32;
 };
 
 }  // namespace fastattn

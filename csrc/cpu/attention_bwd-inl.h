@@ -12,7 +12,7 @@ namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t kChunkKeys = 256;  // dK, dV and fp32 K, V: 256 KB at D = 64
 
-FA_INLINE int64_t padded(int64_t cols) { return parts(cols, kLanes) * kLanes; }
+FA_INLINE int64_t padded(int64_t cols) { return cuts(cols, kLanes) * kLanes; }
 
 // A block of queries as the products want it: slots 0 and 1 of the scratch.
 struct BlockInputs {
@@ -161,9 +161,9 @@ struct Backward {
     const int64_t kv_head = task / chunks % args.Hkv;
     const int64_t rows = args.cu_seqlens_k != nullptr ? s.Sk : args.Sk;
     Chunk chunk{task % chunks, task % chunks * kChunkKeys};
-    chunk.keys = at_most(kChunkKeys, rows - chunk.start);
+    chunk.keys = smaller(kChunkKeys, rows - chunk.start);
     if (chunk.keys <= 0) return;
-    chunk.readable = at_least(0, at_most(chunk.keys, s.Sk - chunk.start));
+    chunk.readable = larger(0, smaller(chunk.keys, s.Sk - chunk.start));
     const int64_t D = padded(args.D), Dv = padded(args.Dv);
     chunk.k = thread_scratch(3, kChunkKeys * (args.D + args.Dv));
     chunk.v = chunk.k + kChunkKeys * args.D;
@@ -192,8 +192,8 @@ struct Backward {
       Group groups[kBlockVectors];
       set_block(args, s, head, cut, index, &block);
       const Range seen{
-          at_least(block.keys.begin, chunk.start),
-          at_most(block.keys.end, chunk.start + chunk.readable)};
+          larger(block.keys.begin, chunk.start),
+          smaller(block.keys.end, chunk.start + chunk.readable)};
       if (seen.empty()) continue;
       const int count = split_groups(block, groups);
       BlockInputs in;
@@ -214,14 +214,14 @@ struct Backward {
   float walk_tiles(
       const Sequence& s, const Block& block, const Group& group, const BlockInputs& in,
       const Chunk& chunk, const Tile& k, const Tile& v, float* dquery) const {
-    const int64_t begin = at_least(group.some.begin, chunk.start);
-    const int64_t end = at_most(group.some.end, chunk.start + chunk.readable);
+    const int64_t begin = larger(group.some.begin, chunk.start);
+    const int64_t end = smaller(group.some.end, chunk.start + chunk.readable);
     const int64_t D = padded(args.D), Dv = padded(args.Dv), W = group.vectors * kLanes;
-    const int64_t rows = at_most(W, block.rows - group.lane);
+    const int64_t rows = smaller(W, block.rows - group.lane);
     const TileGradients tile = tile_gradients();
     float slope = 0.f;
     for (int64_t key = begin; key < end; key += kTileKeys) {
-      const int64_t n = at_most(kTileKeys, end - key), from = key - chunk.start;
+      const int64_t n = smaller(kTileKeys, end - key), from = key - chunk.start;
       const Tile keys{k.data + from * k.stride, k.stride},
           values{v.data + from * v.stride, v.stride};
       grade_tile_any(args, block, group, s, in, keys, values, key, n, tile);
@@ -285,7 +285,7 @@ struct BiasBackward {
   BiasBackward(const AttentionArgs& args, const AttentionGradients& grads)
       : args(args), grads(grads), cut(args.Sq) {
     row_tiles = grads.dbias.size[2] > 1 ? cut.count : 1;
-    col_tiles = grads.dbias.size[3] > 1 ? parts(args.Sk, kChunkKeys) : 1;
+    col_tiles = grads.dbias.size[3] > 1 ? cuts(args.Sk, kChunkKeys) : 1;
   }
   int64_t tasks() const {
     return grads.dbias.size[0] * grads.dbias.size[1] * row_tiles * col_tiles;
@@ -315,7 +315,7 @@ struct BiasBackward {
     Block block;
     Group groups[kBlockVectors];
     set_block(args, s, head, cut, index, &block);
-    const Range seen{at_least(block.keys.begin, cols.begin), at_most(block.keys.end, cols.end)};
+    const Range seen{larger(block.keys.begin, cols.begin), smaller(block.keys.end, cols.end)};
     if (seen.empty()) return;
     const int count = split_groups(block, groups);
     BlockInputs in;
@@ -324,7 +324,7 @@ struct BiasBackward {
     float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
     const int64_t kv_head = head / (args.Hq / args.Hkv);
     for (int64_t key = seen.begin; key < seen.end; key += kTileKeys) {
-      const int64_t n = at_most(kTileKeys, seen.end - key);
+      const int64_t n = smaller(kTileKeys, seen.end - key);
       const Tile k = read_keys(args, args.key, s, kv_head, key, n, args.D, buffer);
       const Tile v =
           read_keys(args, args.value, s, kv_head, key, n, args.Dv, buffer + kTileKeys * args.D);
@@ -366,8 +366,8 @@ struct BiasBackward {
       const float* sums) const {
     const Scores& out = grads.dbias;
     const int64_t lanes = all_rows ? 1 : kBlockRows, first = row * cut.rows_each;
-    const int64_t rows = all_rows ? 1 : at_most(cut.rows_each, args.Sq - first);
-    const int64_t keys = all_cols ? 1 : at_most(cols.end, args.Sk) - cols.begin;
+    const int64_t rows = all_rows ? 1 : smaller(cut.rows_each, args.Sq - first);
+    const int64_t keys = all_cols ? 1 : smaller(cols.end, args.Sk) - cols.begin;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t k = 0; k < keys; ++k) {
         const int64_t at = out.at(batch, head, all_rows ? 0 : first + r) +
@@ -395,7 +395,7 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
     float* outs = thread_scratch(0, 2 * args.Dv * kLanes);
     float* douts = outs + args.Dv * kLanes;
     for (int64_t first = 0; first < s.Sq; first += kLanes) {
-      const int64_t n = at_most(kLanes, s.Sq - first);
+      const int64_t n = smaller(kLanes, s.Sq - first);
       void *out_rows[kLanes] = {}, *dout_rows[kLanes] = {};
       for (int64_t l = 0; l < n; ++l) {
         const int64_t i = s.query_start + first + l;
@@ -416,7 +416,7 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
 
 // What the binding must know of the cuts: query blocks a head, chunks of keys a head.
 static int64_t attention_blocks(int64_t Sq) { return Blocks(Sq).count; }
-static int64_t attention_chunks(int64_t Sk) { return parts(Sk, kChunkKeys); }
+static int64_t attention_chunks(int64_t Sk) { return cuts(Sk, kChunkKeys); }
 
 static void attention_bwd(const AttentionArgs& args, const AttentionGradients& grads) {
   attention_delta(args, grads);

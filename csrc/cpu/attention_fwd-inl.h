@@ -112,14 +112,14 @@ static void attend_block(
   std::memset(state->out, 0, block.vectors * kLanes * args.Dv * sizeof(float));
   float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
   for (int64_t key = range.begin; key < range.end; key += kTileKeys) {
-    const int64_t n = at_most(kTileKeys, range.end - key);
+    const int64_t n = smaller(kTileKeys, range.end - key);
     const Tile keys = read_keys(args, args.key, s, head, key, n, args.D, buffer);
     const Tile values =
         read_keys(args, args.value, s, head, key, n, args.Dv, buffer + kTileKeys * args.D);
     for (const Group* group = groups; group != groups + count; ++group) {
       // keys of this tile that some row of the group sees
-      const int64_t skip = at_least(0, group->some.begin - key);
-      const int64_t seen = at_most(n, group->some.end - key) - skip;
+      const int64_t skip = larger(0, group->some.begin - key);
+      const int64_t seen = smaller(n, group->some.end - key) - skip;
       if (seen <= 0) continue;
       const Tile k{keys.data + skip * keys.stride, keys.stride};
       const Tile v{values.data + skip * values.stride, values.stride};
@@ -174,7 +174,7 @@ struct Plan {
 
   Plan(const AttentionArgs& args, const Sequence& s)
       : together(heads_together(args, s)), sets(args.Hq / together), blocks(together * s.Sq) {
-    splits = s.Sq <= kFewQueries ? at_least(1, parts(s.Sk, kSplitKeys)) : 1;
+    splits = s.Sq <= kFewQueries ? larger(1, cuts(s.Sk, kSplitKeys)) : 1;
   }
   int64_t tasks() const { return sets * blocks.count * splits; }
 };
@@ -193,7 +193,7 @@ struct Tasks {
       counted[b] = total += plan.tasks();
       if (plan.splits == 1) continue;
       split = true;
-      slot = at_least(slot, plan.blocks.rows_each * (args.Dv + 2));
+      slot = larger(slot, plan.blocks.rows_each * (args.Dv + 2));
     }
     ends = counted;
   }
@@ -223,8 +223,8 @@ struct Forward {
     const int count = split_groups(block, groups);
     Range range = block.keys;
     if (plan.splits > 1) {
-      range.begin = at_least(range.begin, split * kSplitKeys);
-      range.end = at_most(range.end, (split + 1) * kSplitKeys);
+      range.begin = larger(range.begin, split * kSplitKeys);
+      range.end = smaller(range.end, (split + 1) * kSplitKeys);
     }
     attend_block(args, s, block, groups, count, range, &state);
     if (plan.splits == 1) return finish_block(args, s, block, groups, count, &state);

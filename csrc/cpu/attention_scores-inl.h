@@ -34,7 +34,7 @@ struct Range {
 // The keys that query i sees by position: causal is a right window of 0 (DESIGN, section 3).
 FA_INLINE Range visible(const AttentionArgs& args, const Sequence& s, int64_t i) {
   const int64_t middle = i + s.diagonal;
-  return {at_least(0, middle - args.window_left), at_most(s.Sk, middle + args.window_right + 1)};
+  return {larger(0, middle - args.window_left), smaller(s.Sk, middle + args.window_right + 1)};
 }
 
 // A block of query rows of one key/value head. Where queries are few, the rows of all heads that
@@ -61,12 +61,12 @@ struct Blocks {
   int64_t rows, rows_each, count;
 
   explicit Blocks(int64_t rows) : rows(rows) {
-    const int64_t vectors = parts(rows, kLanes);
-    count = parts(vectors, kBlockVectors);
-    int64_t each = count == 0 ? 0 : parts(vectors, count);
-    if (count > 1) each = parts(each, kGroupVectors) * kGroupVectors;
+    const int64_t vectors = cuts(rows, kLanes);
+    count = cuts(vectors, kBlockVectors);
+    int64_t each = count == 0 ? 0 : cuts(vectors, count);
+    if (count > 1) each = cuts(each, kGroupVectors) * kGroupVectors;
     rows_each = each * kLanes;
-    count = each == 0 ? 0 : parts(rows, rows_each);
+    count = each == 0 ? 0 : cuts(rows, rows_each);
   }
 };
 
@@ -74,8 +74,8 @@ static void set_block(
     const AttentionArgs& args, const Sequence& s, int64_t first_head, const Blocks& blocks,
     int64_t index, Block* block) {
   block->first = index * blocks.rows_each;
-  block->rows = (int)at_most(blocks.rows_each, blocks.rows - block->first);
-  block->vectors = (int)parts(block->rows, kLanes);
+  block->rows = (int)smaller(blocks.rows_each, blocks.rows - block->first);
+  block->vectors = (int)cuts(block->rows, kLanes);
   block->keys = {INT64_MAX, 0};
   for (int r = 0; r < block->vectors * kLanes; ++r) {
     const bool real = r < block->rows;
@@ -87,8 +87,8 @@ static void set_block(
     block->begin[r] = (int32_t)seen.begin;
     block->end[r] = (int32_t)seen.end;
     if (seen.empty()) continue;
-    block->keys.begin = at_most(block->keys.begin, seen.begin);
-    block->keys.end = at_least(block->keys.end, seen.end);
+    block->keys.begin = smaller(block->keys.begin, seen.begin);
+    block->keys.end = larger(block->keys.end, seen.end);
   }
 }
 
@@ -108,12 +108,12 @@ static int split_groups(const Block& block, Group* groups) {
     Group group{v * kLanes, vectors, {INT64_MAX, 0}, {0, INT64_MAX}};
     for (int r = group.lane; r < group.lane + vectors * kLanes; ++r) {
       if (r < block.rows) {
-        group.all.begin = at_least(group.all.begin, block.begin[r]);
-        group.all.end = at_most(group.all.end, block.end[r]);
+        group.all.begin = larger(group.all.begin, block.begin[r]);
+        group.all.end = smaller(group.all.end, block.end[r]);
       }
       if (block.begin[r] >= block.end[r]) continue;
-      group.some.begin = at_most(group.some.begin, block.begin[r]);
-      group.some.end = at_least(group.some.end, block.end[r]);
+      group.some.begin = smaller(group.some.begin, block.begin[r]);
+      group.some.end = larger(group.some.end, block.end[r]);
     }
     groups[count++] = group;
     v += vectors;

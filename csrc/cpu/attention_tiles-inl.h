@@ -19,10 +19,6 @@ constexpr int kBlockVectors = 4 * kGroupVectors;
 constexpr int kBlockRows = kBlockVectors * kLanes;
 constexpr int64_t kTileKeys = 64;
 
-FA_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-FA_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-FA_INLINE int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 // ---- transposes ------------------------------------------------------------------------------
 
 #if FASTATTN_LANES == 4
@@ -80,7 +76,7 @@ static void unpack_rows(
     const float* in, int64_t W, int64_t cols, const float* factors, void* const* rows) {
   const Vec factor = load(factors);
   for (int64_t c = 0; c < cols; c += kLanes) {
-    const int64_t n = at_most(kLanes, cols - c);
+    const int64_t n = smaller(kLanes, cols - c);
     Vec x[kLanes] = {};
     for (int l = 0; l < n; ++l) x[l] = load(in + (c + l) * W) * factor;
     transpose(x);
@@ -102,7 +98,7 @@ static void unpack(
 // Adds column c of `in`, times factor, to entry c of every fp32 row that is not null.
 static void unpack_add(const float* in, int64_t W, int64_t cols, float factor, void* const* rows) {
   for (int64_t c = 0; c < cols; c += kLanes) {
-    const int64_t n = at_most(kLanes, cols - c);
+    const int64_t n = smaller(kLanes, cols - c);
     Vec x[kLanes] = {};
     for (int l = 0; l < n; ++l) x[l] = load(in + (c + l) * W) * splat(factor);
     transpose(x);

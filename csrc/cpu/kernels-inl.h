@@ -1,10 +1,15 @@
 // The table of one instruction set: the bodies, then a row of pointers to them.
 #include "vec-inl.h"
 //
+#include "rows-inl.h"
 #include "attention_tiles-inl.h"
 #include "attention_scores-inl.h"
 #include "attention_fwd-inl.h"
 #include "attention_bwd-inl.h"
+#include "activation-inl.h"
+#include "cross_entropy-inl.h"
+#include "norm-inl.h"
+#include "rotary-inl.h"
 #include "softmax-inl.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -16,6 +21,15 @@ const Kernels kernels = {
     .attention_bwd = attention_bwd,
     .attention_blocks = attention_blocks,
     .attention_chunks = attention_chunks,
+    .cross_entropy_fwd = cross_entropy_fwd,
+    .cross_entropy_bwd = cross_entropy_bwd,
+    .gelu_fwd = gelu_fwd,
+    .gelu_bwd = gelu_bwd,
+    .glu_fwd = glu_fwd,
+    .glu_bwd = glu_bwd,
+    .norm_fwd = norm_fwd,
+    .norm_bwd = norm_bwd,
+    .rotary = rotary,
     .softmax_fwd = softmax_fwd,
     .softmax_bwd = softmax_bwd,
 };

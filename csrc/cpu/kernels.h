@@ -1,7 +1,11 @@
 // The table of kernels, one for each instruction set. No torch header here or below.
 #pragma once
 #include "../common/parallel.h"
+#include "activation.h"
 #include "attention.h"
+#include "cross_entropy.h"
+#include "norm.h"
+#include "rotary.h"
 #include "softmax.h"
 
 #define FASTATTN_STRING_(x) #x
@@ -16,6 +20,15 @@ struct Kernels {
   void (*attention_bwd)(const AttentionArgs&, const AttentionGradients&);
   int64_t (*attention_blocks)(int64_t Sq);
   int64_t (*attention_chunks)(int64_t Sk);
+  void (*cross_entropy_fwd)(const CrossEntropyArgs&);
+  void (*cross_entropy_bwd)(const CrossEntropyArgs&);
+  void (*gelu_fwd)(const GeluArgs&);
+  void (*gelu_bwd)(const GeluArgs&);
+  void (*glu_fwd)(const GluArgs&);
+  void (*glu_bwd)(const GluArgs&);
+  void (*norm_fwd)(const NormArgs&);
+  void (*norm_bwd)(const NormArgs&);
+  void (*rotary)(const RotaryArgs&);
   void (*softmax_fwd)(const SoftmaxArgs&);
   void (*softmax_bwd)(const SoftmaxArgs&);
 };

@@ -4,12 +4,6 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr int64_t kRowBlockEntries = 16384;  // about 10 us of work a task
-
-FA_INLINE int64_t rows_per_task(int64_t C) {
-  return C >= kRowBlockEntries ? 1 : kRowBlockEntries / (C > 0 ? C : 1);
-}
-
 // One row's kept logits, scaled by scale * log2(e), into z; entries that are not kept become -inf.
 template <class T>
 FA_INLINE Vec softmax_logits(
@@ -81,21 +75,13 @@ FA_INLINE void softmax_grad_row(const SoftmaxArgs& args, int64_t row) {
 
 template <class T>
 static void softmax_fwd_typed(const SoftmaxArgs& args) {
-  const int64_t rows = rows_per_task(args.C);
-  parallel_tasks((args.R + rows - 1) / rows, [&](int64_t task) {
-    float* z = thread_scratch(0, args.C);
-    const int64_t end = task * rows + rows < args.R ? task * rows + rows : args.R;
-    for (int64_t row = task * rows; row < end; ++row) softmax_row<T>(args, row, z);
-  });
+  parallel_rows(
+      args.R, args.C, [&](int64_t row) { softmax_row<T>(args, row, thread_scratch(0, args.C)); });
 }
 
 template <class T>
 static void softmax_bwd_typed(const SoftmaxArgs& args) {
-  const int64_t rows = rows_per_task(args.C);
-  parallel_tasks((args.R + rows - 1) / rows, [&](int64_t task) {
-    const int64_t end = task * rows + rows < args.R ? task * rows + rows : args.R;
-    for (int64_t row = task * rows; row < end; ++row) softmax_grad_row<T>(args, row);
-  });
+  parallel_rows(args.R, args.C, [&](int64_t row) { softmax_grad_row<T>(args, row); });
 }
 
 static void softmax_fwd(const SoftmaxArgs& args) {

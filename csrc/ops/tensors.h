@@ -29,22 +29,67 @@ inline Dtype dtype_of(const Tensor& x) {
 inline RowMap row_map(const OptionalTensor& x) {
   RowMap map;
   if (!x) return map;
+  const auto sizes = x->sizes(), strides = x->strides();
+  const int64_t last = x->dim() - 1;
   map.data = x->const_data_ptr();
-  map.dims = static_cast<int>(x->dim()) - 1;
-  for (int d = 0; d < map.dims; ++d) {
-    map.size[d] = x->size(d);
-    map.stride[d] = x->stride(d);
+  map.col = strides[last];
+  for (int64_t d = 0; d < last; ++d) {
+    if (sizes[d] == 1) continue;
+    const bool merges = map.dims > 0 && map.stride[map.dims - 1] == sizes[d] * strides[d];
+    if (!merges) ++map.dims;
+    map.size[map.dims - 1] = merges ? map.size[map.dims - 1] * sizes[d] : sizes[d];
+    map.stride[map.dims - 1] = strides[d];
   }
-  map.col = x->stride(map.dims);
   return map;
+}
+
+// The leading dimensions counted as one.
+inline int64_t row_count(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d < x.dim() - 1; ++d) rows *= x.size(d);
+  return rows;
+}
+
+// Rows may lie anywhere, but the entries of one are neighbours. (9 dimensions fill a RowMap.)
+inline bool has_contiguous_rows(const Tensor& x) {
+  return x.dim() <= 9 && (x.size(-1) <= 1 || x.stride(x.dim() - 1) == 1);
+}
+inline Tensor with_contiguous_rows(const Tensor& x) {
+  return has_contiguous_rows(x) ? x : torch::stable::contiguous(x);
+}
+inline OptionalTensor with_contiguous_rows(const OptionalTensor& x) {
+  return x ? OptionalTensor(with_contiguous_rows(*x)) : x;
 }
 
 inline Tensor fp32(const Tensor& x) {
   return torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
 }
 
-inline Tensor with_contiguous_rows(const Tensor& x) {
-  return x.size(-1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+inline Columns columns(const OptionalTensor& x) {
+  return x ? Columns{x->const_data_ptr(), dtype_of(*x)} : Columns{};
 }
+
+// A gradient: empty_like its input, or no elements where nobody needs it. A kernel writes rows;
+// where the input's layout has none that are contiguous, they are copied into it at the end.
+class Gradient {
+ public:
+  Gradient(const OptionalTensor& input, bool needed, const Tensor& anchor)
+      : needed_(input && needed),
+        result_(
+            needed_ ? torch::stable::empty_like(*input) : torch::stable::new_empty(anchor, {0})),
+        rows_(
+            has_contiguous_rows(result_) ? result_
+                                         : torch::stable::new_empty(result_, result_.sizes())) {}
+  RowMap map() const { return needed_ ? row_map(rows_) : RowMap(); }
+  void* data() const { return needed_ ? rows_.mutable_data_ptr() : nullptr; }
+  Tensor finish() {
+    if (rows_.get() != result_.get()) torch::stable::copy_(result_, rows_);
+    return result_;
+  }
+
+ private:
+  bool needed_;
+  Tensor result_, rows_;
+};
 
 }  // namespace fastattn

@@ -28,12 +28,9 @@ def bind() -> None:
         registry.mark_unusable("cpu", missing)
         return
     for operator, features in KERNELS:
-        primitive = operator.bind("cpu")
-        if torch._C._dispatch_has_kernel_for_dispatch_key(primitive.op.name(), "CPU"):
-            registry.register(operator.name, "cpu", registry.Kernel(primitive, features))
-    if torch._C._dispatch_has_kernel_for_dispatch_key("fastattn_cpu::cross_entropy_fwd", "CPU"):
-        bind_in_place()
-        bind_chunked()
+        registry.register(operator.name, "cpu", registry.Kernel(operator.bind("cpu"), features))
+    bind_in_place()
+    bind_chunked()
 
 
 def bind_in_place() -> None:

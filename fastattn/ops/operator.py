@@ -127,8 +127,9 @@ class Operator:
         needs = known.get("needs", -1)
         results = []
         for bit, at in enumerate(self.differentiable):
-            # a backward that does not take the input itself takes the output in its shape
-            x = known.get(self.inputs[at], known.get(self.results[0]))
+            # a backward that does not take the input itself takes a result in its shape
+            names = (self.inputs[at], self.results[0], f"d{self.results[0]}")
+            x = next((known[name] for name in names if name in known), None)
             results.append(
                 torch.empty_like(x) if x is not None and needs >> bit & 1 else anchor.new_empty(0)
             )

@@ -1,0 +1,89 @@
+// Cross-entropy of rows of logits. Forward: one read, maximum and sum of exponentials online, a
+// piece of the row in L1 at a time. Backward: one read, one write, in place if asked:
+//   dx = dloss * ((1 + 2 z_loss lse) softmax(x) - smoothing / V - (1 - smoothing) [target])
+
+namespace fastattn::FASTATTN_ISA {
+
+constexpr int64_t kPieceEntries = 2048;  // 8 KB of fp32: read from memory once, then from L1
+
+// Four chains each, because an addition takes 4 cycles and a vector arrives every half one.
+template <class T>
+FA_INLINE float largest_entry(const T* x, int64_t C) {
+  Vec most[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+    FA_UNROLL for (int i = 0; i < 4; ++i) most[i] = max(most[i], load(x + c + i * kLanes));
+  for (; c + kLanes <= C; c += kLanes) most[0] = max(most[0], load(x + c));
+  if (c < C) most[1] = max(most[1], load_first(x + c, C - c, -kInf));
+  return reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
+}
+
+template <class T>
+static void cross_entropy_row(const CrossEntropyArgs& args, int64_t row) {
+  const int64_t target = args.target[row], V = args.V;
+  const T* x = (const T*)args.logits + row * args.row;
+  float row_max = -kInf;
+  double row_sum = 0, total = 0;
+  for (int64_t start = 0; start < V; start += kPieceEntries) {
+    const int64_t n = smaller(kPieceEntries, V - start);
+    const T* piece = x + start;
+    const float most = largest_entry(piece, n);
+    if (most > row_max) {
+      row_sum *= std::exp((double)row_max - most);
+      row_max = most;
+    }
+    // a NaN logit is in no maximum, and reaches the sum here; all of -inf sums to 0
+    const Vec shift = splat(row_max == -kInf ? 0.f : row_max);
+    row_sum += sum_vectors(n, [=](int64_t c, auto lanes) FA_STEP {
+      return exp2((load(piece + c, lanes, -kInf) - shift) * splat(kLog2e));
+    });
+    if (args.smoothing > 0)
+      total +=
+          sum_vectors(n, [=](int64_t c, auto lanes) FA_STEP { return load(piece + c, lanes); });
+  }
+  const double lse = row_sum == 0 ? -kInf : row_max + std::log(row_sum);
+  args.lse[row] = (float)lse;
+  if (target == args.ignore_index || target < 0 || target >= V) {
+    args.loss[row] = 0.f;
+    return;
+  }
+  double loss = lse - to_float(x[target]);
+  if (args.smoothing > 0) loss = (1 - args.smoothing) * loss + args.smoothing * (lse - total / V);
+  args.loss[row] = (float)(loss + args.z_loss * lse * lse);
+}
+
+template <class T>
+static void cross_entropy_grad_row(const CrossEntropyArgs& args, int64_t row) {
+  const int64_t target = args.target[row], V = args.V;
+  const T* x = (const T*)args.logits + row * args.row;
+  T* dx = (T*)args.dlogits + row * args.dlogits_row;
+  const float dloss = args.dloss[row * args.dloss_stride];
+  if (target == args.ignore_index) {
+    std::memset(dx, 0, V * sizeof(T));
+    return;
+  }
+  const float lse = args.lse[row];
+  const float scale = dloss * (1.f + 2.f * args.z_loss * lse), even = dloss * args.smoothing / V;
+  const float chosen = dloss * (1.f - args.smoothing);
+  // before dx, which may be x, is written
+  const float p_target = std::exp(to_float(x[target]) - lse);
+  const Vec factor = splat(scale), shift = splat(lse), smooth = splat(even);
+  for_vectors(V, [=](int64_t c, auto n) FA_STEP {
+    const Vec p = exp2((load(x + c, n) - shift) * splat(kLog2e));
+    store(dx + c, fma(p, factor, -smooth), n);
+  });
+  from_float(scale * p_target - even - chosen, dx + target);
+}
+
+static void cross_entropy_fwd(const CrossEntropyArgs& args) {
+  parallel_rows(args.R, args.V, [&](int64_t row) {
+    FASTATTN_DISPATCH(args.dtype, cross_entropy_row, args, row);
+  });
+}
+static void cross_entropy_bwd(const CrossEntropyArgs& args) {
+  parallel_rows(args.R, args.V, [&](int64_t row) {
+    FASTATTN_DISPATCH(args.dtype, cross_entropy_grad_row, args, row);
+  });
+}
+
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,89 @@
+#include "tensors.h"
+
+namespace fastattn {
+
+// ---- gelu -------------------------------------------------------------------------------------
+
+static GeluArgs gelu_args(const Tensor& x, const OptionalTensor& bias, bool tanh) {
+  GeluArgs args{};
+  args.dtype = dtype_of(x);
+  args.R = row_count(x);
+  args.C = x.size(-1);
+  args.tanh = tanh;
+  args.x = row_map(x);
+  args.bias = columns(bias);
+  return args;
+}
+
+Tensor gelu_fwd(const Tensor& x_any, const OptionalTensor& bias_any, bool tanh) {
+  const Tensor x = with_contiguous_rows(x_any);
+  const OptionalTensor bias = with_contiguous_rows(bias_any);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  GeluArgs args = gelu_args(x, bias, tanh);
+  args.y = row_map(y);
+  kernels().gelu_fwd(args);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> gelu_bwd(
+    const Tensor& dy_any, const Tensor& x_any, const OptionalTensor& bias_any, bool tanh,
+    int64_t needs) {
+  const Tensor dy = with_contiguous_rows(dy_any), x = with_contiguous_rows(x_any);
+  const OptionalTensor bias = with_contiguous_rows(bias_any);
+  GeluArgs args = gelu_args(x, bias, tanh);
+  Gradient dx(x_any, true, x);
+  Tensor dbias = torch::stable::new_empty(x, {0});
+  const bool needs_bias = bias && (needs & 2);
+  if (needs_bias) dbias = torch::stable::new_empty(*bias, bias->sizes(), ScalarType::Float);
+  args.dy = row_map(dy);
+  args.dx = dx.map();
+  args.dbias = needs_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+  kernels().gelu_bwd(args);
+  if (needs_bias) dbias = torch::stable::to(dbias, bias->scalar_type());
+  return {dx.finish(), dbias};
+}
+
+// ---- gated ------------------------------------------------------------------------------------
+
+static GluArgs glu_args(const Tensor& gate, const Tensor& up, bool gelu, bool tanh) {
+  GluArgs args{};
+  args.dtype = dtype_of(gate);
+  args.R = row_count(gate);
+  args.C = gate.size(-1);
+  args.gelu = gelu;
+  args.tanh = tanh;
+  args.gate = row_map(gate);
+  args.up = row_map(up);
+  return args;
+}
+
+Tensor glu_fwd(const Tensor& gate_any, const Tensor& up_any, bool gelu, bool tanh) {
+  const Tensor gate = with_contiguous_rows(gate_any), up = with_contiguous_rows(up_any);
+  Tensor y = torch::stable::new_empty(gate, gate.sizes());
+  GluArgs args = glu_args(gate, up, gelu, tanh);
+  args.y = row_map(y);
+  kernels().glu_fwd(args);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> glu_bwd(
+    const Tensor& dy_any, const Tensor& gate_any, const Tensor& up_any, bool gelu, bool tanh) {
+  const Tensor gate = with_contiguous_rows(gate_any), up = with_contiguous_rows(up_any);
+  const Tensor dy = with_contiguous_rows(dy_any);
+  GluArgs args = glu_args(gate, up, gelu, tanh);
+  Gradient dgate(gate_any, true, gate), dup(up_any, true, gate);
+  args.dy = row_map(dy);
+  args.dgate = dgate.map();
+  args.dup = dup.map();
+  kernels().glu_bwd(args);
+  return {dgate.finish(), dup.finish()};
+}
+
+}  // namespace fastattn
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
+  m.impl("gelu_fwd", TORCH_BOX(&fastattn::gelu_fwd));
+  m.impl("gelu_bwd", TORCH_BOX(&fastattn::gelu_bwd));
+  m.impl("glu_fwd", TORCH_BOX(&fastattn::glu_fwd));
+  m.impl("glu_bwd", TORCH_BOX(&fastattn::glu_bwd));
+}

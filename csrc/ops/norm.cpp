@@ -1,0 +1,95 @@
+#include "tensors.h"
+
+namespace fastattn {
+
+static void set_dropout(NormArgs& args, const OptionalTensor& philox, double p) {
+  args.dropout = philox && p > 0;
+  if (!args.dropout) return;
+  const auto* seed_offset = static_cast<const int64_t*>(philox->const_data_ptr());
+  args.philox = {static_cast<uint64_t>(seed_offset[0]), static_cast<uint32_t>(seed_offset[1])};
+  args.drop_below = p < 1 ? static_cast<uint32_t>(p * 4294967296.0) : 0;
+  args.keep_scale = p < 1 ? static_cast<float>(1 / (1 - p)) : 0.f;
+}
+
+static NormArgs norm_args(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& philox, bool rms, double eps,
+    double weight_offset, double dropout_p) {
+  NormArgs args{};
+  args.dtype = dtype_of(x);
+  args.residual_dtype = dtype_of(residual ? *residual : x);
+  args.R = row_count(x);
+  args.C = x.size(-1);
+  args.x = row_map(x);
+  args.residual = row_map(residual);
+  args.weight = columns(weight);
+  args.bias = columns(bias);
+  args.rms = rms;
+  args.eps = static_cast<float>(eps);
+  args.weight_offset = static_cast<float>(weight_offset);
+  set_dropout(args, philox, dropout_p);
+  return args;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(
+    const Tensor& x_any, const OptionalTensor& residual_any, const OptionalTensor& weight_any,
+    const OptionalTensor& bias_any, const OptionalTensor& philox, bool rms, double eps,
+    double weight_offset, double dropout_p, bool return_residual) {
+  const Tensor x = with_contiguous_rows(x_any);
+  const OptionalTensor residual = with_contiguous_rows(residual_any);
+  const OptionalTensor weight = with_contiguous_rows(weight_any);
+  const OptionalTensor bias = with_contiguous_rows(bias_any);
+  NormArgs args = norm_args(x, residual, weight, bias, philox, rms, eps, weight_offset, dropout_p);
+
+  const auto leading = x.sizes().slice(0, x.dim() - 1);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor summed = return_residual ? torch::stable::new_empty(residual ? *residual : x, x.sizes())
+                                  : torch::stable::new_empty(x, {0});
+  Tensor rstd = torch::stable::new_empty(x, leading, ScalarType::Float);
+  Tensor mean = rms ? torch::stable::new_empty(x, {0}, ScalarType::Float)
+                    : torch::stable::new_empty(x, leading, ScalarType::Float);
+  args.y = row_map(y);
+  if (return_residual) args.summed = row_map(summed);
+  args.mean = static_cast<float*>(mean.mutable_data_ptr());
+  args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  kernels().norm_fwd(args);
+  return {y, summed, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
+    const OptionalTensor& dy_any, const OptionalTensor& dsummed_any, const Tensor& x_any,
+    const OptionalTensor& residual_any, const OptionalTensor& weight_any,
+    const OptionalTensor& bias_any, const OptionalTensor& philox, const Tensor& mean_any,
+    const Tensor& rstd_any, bool rms, double eps, double weight_offset, double dropout_p,
+    bool return_residual, int64_t needs) {
+  const Tensor x = with_contiguous_rows(x_any);
+  const OptionalTensor residual = with_contiguous_rows(residual_any);
+  const OptionalTensor weight = with_contiguous_rows(weight_any);
+  const OptionalTensor bias = with_contiguous_rows(bias_any);
+  const OptionalTensor dy = with_contiguous_rows(dy_any);
+  const OptionalTensor dsummed =
+      return_residual ? with_contiguous_rows(dsummed_any) : OptionalTensor();
+  const Tensor mean = torch::stable::contiguous(mean_any);
+  const Tensor rstd = torch::stable::contiguous(rstd_any);
+  NormArgs args = norm_args(x, residual, weight, bias, philox, rms, eps, weight_offset, dropout_p);
+  args.mean = static_cast<float*>(mean.data_ptr());
+  args.rstd = static_cast<float*>(rstd.data_ptr());
+  args.dy = row_map(dy);
+  args.dsummed = row_map(dsummed);
+
+  Gradient dx(x_any, needs & 1, x), dresidual(residual_any, needs & 2, x);
+  Gradient dweight(weight, needs & 4, x), dbias(bias, needs & 8, x);
+  args.dx = dx.map();
+  args.dresidual = dresidual.map();
+  args.dweight = dweight.data();
+  args.dbias = dbias.data();
+  kernels().norm_bwd(args);
+  return {dx.finish(), dresidual.finish(), dweight.finish(), dbias.finish()};
+}
+
+}  // namespace fastattn
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
+  m.impl("norm_fwd", TORCH_BOX(&fastattn::norm_fwd));
+  m.impl("norm_bwd", TORCH_BOX(&fastattn::norm_bwd));
+}
