@@ -102,6 +102,11 @@ class KVCache:
         kind = "dense" if self.page_size is None else f"pages of {self.page_size}"
         return f"KVCache(lengths={self._held}, max_length={self.max_length}, {kind})"
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, known without asking the device."""
+        return max(self._held, default=0)
+
     def append(
         self,
         key: Tensor,

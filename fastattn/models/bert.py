@@ -1,0 +1,425 @@
+"""BERT (Devlin et al. 2018, arXiv:1810.04805): an encoder of tokens that all see each other.
+
+    x = norm(word + position + type);   per layer:
+        x = norm(x + dense(attention(q, k, v)));   x = norm(x + dense(gelu(dense(x))))
+
+Every norm takes its residual and dropout in one pass, the first dense of the MLP leaves its bias to
+the fused gelu, and attention is fused. Parameters are named as transformers names them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import LayerNorm
+from ..ops.activation import gelu
+from ..ops.attention import attention
+from ..ops.cross_entropy import cross_entropy
+from .checkpoint import Config, PretrainedModel
+
+GELU_FORMS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+@dataclass
+class BertConfig(Config):
+    """transformers' BertConfig."""
+
+    model_type: ClassVar[str] = "bert"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    classifier_dropout: float | None = None
+    problem_type: str | None = None
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    num_labels: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"BertConfig: hidden_size must be a multiple of num_attention_heads, "
+                f"got {self.hidden_size} and {self.num_attention_heads}"
+            )
+        if self.hidden_act not in GELU_FORMS:
+            raise ValueError(
+                f"BertConfig: hidden_act must be one of {', '.join(GELU_FORMS)}, got {self.hidden_act!r}"
+            )
+        for key, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
+            if self.extra.get(key, wanted) != wanted:
+                raise ValueError(f"BertConfig: {key} must be {wanted!r}, got {self.extra[key]!r}")
+        if self.num_labels is None:
+            self.num_labels = len(self.id2label) if self.id2label else 2
+
+
+@dataclass
+class BertOutput:
+    """last_hidden_state (B, S, E); pooler_output (B, E); hidden_states: one a layer, and the first."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HeadOutput:
+    """loss: a scalar, when labels were given; logits: the head's."""
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class BertEmbeddings(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        E = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, E, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, E)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, E)
+        self.LayerNorm = LayerNorm(E, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        words = (
+            self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        )  # (B, S, E)
+        S = words.shape[1]
+        if position_ids is None:
+            positions = self.position_embeddings.weight[:S]  # (S, E)
+        else:
+            positions = self.position_embeddings(position_ids)
+        if token_type_ids is None:
+            types = self.token_type_embeddings.weight[0]  # (E,)
+        else:
+            types = self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(words + types, residual=positions.expand_as(words)))
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        E = config.hidden_size
+        self.heads, self.dropout_p = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.query, self.key, self.value = nn.Linear(E, E), nn.Linear(E, E), nn.Linear(E, E)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (
+            dense(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, S, D), a view
+            for dense in (self.query, self.key, self.value)
+        )
+        out = attention(q, k, v, mask=mask, dropout_p=self.dropout_p if self.training else 0.0)
+        return out.transpose(1, 2).flatten(2)  # (B, S, E)
+
+
+class BertResidual(nn.Module):
+    """norm(dropout(dense(x)) + residual)"""
+
+    def __init__(self, width: int, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        dropout_p = self.dropout_p if self.training else 0.0
+        return self.LayerNorm(self.dense(x), residual=residual, dropout_p=dropout_p)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertResidual(config.hidden_size, config)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.output(self.self(x, mask), residual=x)
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.approximate = GELU_FORMS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.dense.weight)  # the bias belongs to the fused gelu
+        return gelu(h, bias=self.dense.bias, approximate=self.approximate)
+
+
+class BertLayer(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertResidual(config.intermediate_size, config)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.attention(x, mask)
+        return self.output(self.intermediate(x), residual=x)
+
+
+class BertEncoder(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class BertPooler(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x[:, 0]))
+
+
+class BertPretrained(PretrainedModel):
+    config_class = BertConfig
+    base = "bert"
+
+    def initialise(self, config: BertConfig) -> None:
+        self.config = config
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, 0.0, config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+
+
+class BertModel(BertPretrained):
+    """The encoder, with a pooler over the first token unless add_pooling_layer is False."""
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.initialise(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> BertOutput:
+        """input_ids (B, S) int, or inputs_embeds (B, S, E). attention_mask: (B, S), 1 for a token and 0
+        for padding, or bool (B, 1 or H, 1 or S, S), True may attend."""
+        mask = attention_mask_of(input_ids, inputs_embeds, attention_mask)
+        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, S, E)
+        states = [x]
+        for layer in self.encoder.layer:
+            x = layer(x, mask)
+            states.append(x)
+        pooled = self.pooler(x) if self.pooler is not None else None
+        return BertOutput(x, pooled, tuple(states) if output_hidden_states else None)
+
+
+def attention_mask_of(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
+) -> Tensor | None:
+    """The mask of attention(): None, or bool (B, 1, 1, S) from a padding mask (B, S)."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("BertModel: give either input_ids or inputs_embeds")
+    x = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+    if x is None or x.dim() != 2:
+        raise ValueError(
+            f"BertModel: input_ids must be (B, S), got {tuple(x.shape) if x is not None else None}"
+        )
+    if attention_mask is None or attention_mask.dim() == 4:
+        return attention_mask
+    if attention_mask.shape != x.shape:
+        raise ValueError(
+            f"BertModel: attention_mask must be (B, S) = {tuple(x.shape)}, got {tuple(attention_mask.shape)}"
+        )
+    return attention_mask.bool()[:, None, None, :]
+
+
+# ---- heads ------------------------------------------------------------------------------------
+
+
+class BertTransform(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.approximate = GELU_FORMS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.dense.weight)
+        return self.LayerNorm(gelu(h, bias=self.dense.bias, approximate=self.approximate))
+
+
+class BertPredictions(nn.Module):
+    """Logits over the vocabulary, by the word embeddings' weight."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.transform = BertTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = self.decoder.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.transform(x))
+
+
+class BertForMaskedLM(BertPretrained):
+    """Predicts tokens at labels that are not -100."""
+
+    tied: ClassVar[dict[str, str]] = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.bert = BertModel(config, add_pooling_layer=False)
+        predictions = BertPredictions(config)
+        self.cls = nn.ModuleDict({"predictions": predictions})
+        self.initialise(config)
+        if config.tie_word_embeddings:
+            predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> HeadOutput:
+        """labels: (B, S) int, -100 where no token is to be predicted. logits: (B, S, V)."""
+        out = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_hidden_states,
+        )
+        logits = self.cls["predictions"](out.last_hidden_state)
+        loss = cross_entropy(logits, labels) if labels is not None else None
+        return HeadOutput(loss, logits, out.hidden_states)
+
+
+class BertForSequenceClassification(BertPretrained):
+    """Labels a text from its pooled first token."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.bert = BertModel(config)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
+        self.initialise(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> HeadOutput:
+        """labels: (B,) classes, (B, num_labels) floats for several at once, or (B,) floats to regress.
+        logits: (B, num_labels)."""
+        out = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_hidden_states,
+        )
+        logits = self.classifier(self.dropout(out.pooler_output))
+        loss = None if labels is None else classification_loss(self.config, logits, labels)
+        return HeadOutput(loss, logits, out.hidden_states)
+
+
+class BertForTokenClassification(BertPretrained):
+    """Labels every token: named entities, parts of speech."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
+        self.initialise(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> HeadOutput:
+        """labels: (B, S) classes, -100 where a token has none. logits: (B, S, num_labels)."""
+        out = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_hidden_states,
+        )
+        logits = self.classifier(self.dropout(out.last_hidden_state))
+        loss = cross_entropy(logits, labels) if labels is not None else None
+        return HeadOutput(loss, logits, out.hidden_states)
+
+
+def classifier_dropout(config: BertConfig) -> float:
+    if config.classifier_dropout is None:
+        return config.hidden_dropout_prob
+    return config.classifier_dropout
+
+
+def classification_loss(config: BertConfig, logits: Tensor, labels: Tensor) -> Tensor:
+    """By config.problem_type; without one, from num_labels and the labels' dtype, as transformers does."""
+    kind = config.problem_type
+    if kind is None:
+        integers = labels.dtype in (torch.int64, torch.int32)
+        kind = "single_label_classification" if integers else "multi_label_classification"
+        kind = "regression" if config.num_labels == 1 else kind
+    if kind == "regression":
+        return F.mse_loss(logits.squeeze(-1) if config.num_labels == 1 else logits, labels)
+    if kind == "single_label_classification":
+        return cross_entropy(logits, labels.long())
+    if kind == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    raise ValueError(
+        "BertConfig: problem_type must be regression, single_label_classification or "
+        f"multi_label_classification, got {kind!r}"
+    )

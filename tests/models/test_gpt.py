@@ -1,0 +1,155 @@
+"""GPT-2 against transformers' with the same weights: logits, loss, gradients, tokens, files."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+
+from fastattn import models
+from fastattn.models.gpt import keep_top_k, keep_top_p
+
+from .conftest import close, same_gradients
+
+CONFIG = transformers.GPT2Config(
+    vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+    attn_pdrop=0.0, bos_token_id=98, eos_token_id=98,
+)  # fmt: skip
+IDS = torch.randint(1, 98, (3, 11), generator=torch.Generator().manual_seed(1))
+LEFT = torch.ones_like(IDS)
+LEFT[1, :4], LEFT[2, :9] = 0, 0
+
+
+@pytest.fixture
+def pair(twins):
+    return twins("GPT2LMHeadModel", models.GPT2LMHeadModel, CONFIG)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"n_inner": 50, "activation_function": "gelu"}, {"scale_attn_by_inverse_layer_idx": True},
+    {"scale_attn_weights": False},
+], ids=str)  # fmt: skip
+def test_logits_loss_and_gradients(twins, changes):
+    theirs, ours = twins("GPT2LMHeadModel", models.GPT2LMHeadModel, CONFIG, **changes)
+    labels = torch.where(IDS % 4 == 0, -100, IDS)
+    a, b = (
+        ours(IDS, labels=labels, output_hidden_states=True),
+        theirs(IDS, labels=labels, output_hidden_states=True),
+    )
+    close(a.logits, b.logits)
+    close(a.loss, b.loss)
+    for x, y in zip(a.hidden_states, b.hidden_states, strict=True):
+        close(x, y)
+    a.loss.backward()
+    b.loss.backward()
+    same_gradients(theirs, ours)
+
+
+def test_padding_on_the_left(pair):
+    theirs, ours = pair
+    positions = (LEFT.cumsum(-1) - 1).clamp(min=0)
+    a = ours(IDS, attention_mask=LEFT, position_ids=positions).logits
+    b = theirs(IDS, attention_mask=LEFT, position_ids=positions).logits
+    close(a[LEFT.bool()], b[LEFT.bool()])
+
+
+def test_base_model(twins):
+    theirs, ours = twins("GPT2Model", models.GPT2Model, CONFIG)
+    close(ours(IDS).last_hidden_state, theirs(IDS).last_hidden_state)
+
+
+def test_cached_steps_equal_one_pass(pair):
+    _, ours = pair
+    whole = ours(IDS).logits
+    first = ours(IDS[:, :4], use_cache=True)
+    second = ours(IDS[:, 4:9], past_key_values=first.past_key_values)
+    third = ours(IDS[:, 9:], past_key_values=second.past_key_values)
+    close(torch.cat([first.logits, second.logits, third.logits], 1), whole, 1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "left-padded"])
+def test_greedy_tokens_are_transformers(pair, use_cache, mask):
+    theirs, ours = pair
+    a = ours.generate(IDS, attention_mask=mask, max_new_tokens=20, use_cache=use_cache)
+    mask = torch.ones_like(IDS) if mask is None else mask
+    b = theirs.generate(
+        IDS, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=98
+    )
+    assert torch.equal(a, b)
+
+
+def test_generation_stops_and_pads(pair):
+    theirs, ours = pair
+    tokens = theirs.generate(
+        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    eos = int(tokens[0, 14])  # row 0 meets it after three or fewer new tokens
+    options = {"max_new_tokens": 12, "eos_token_id": eos, "pad_token_id": 0}
+    b = theirs.generate(IDS, attention_mask=torch.ones_like(IDS), do_sample=False, **options)
+    assert torch.equal(ours.generate(IDS, **options), b)
+    alone = ours.generate(IDS[:1], **options)
+    assert alone.shape[1] < 23 and alone[0, -1] == eos
+
+
+def test_sampling_filters_are_transformers():
+    logits = torch.randn(5, 50) * 3
+    for k in (1, 7, 50, 80):
+        wanted = transformers.TopKLogitsWarper(min(k, 50))(None, logits)
+        assert torch.equal(keep_top_k(logits, k), wanted)
+    for p in (0.01, 0.5, 0.9, 1.0):
+        assert torch.equal(keep_top_p(logits, p), transformers.TopPLogitsWarper(p)(None, logits))
+
+
+def test_sampling_follows_the_generator_and_the_filters(pair):
+    _, ours = pair
+    draw = lambda seed, **options: ours.generate(  # noqa: E731
+        IDS,
+        do_sample=True,
+        max_new_tokens=6,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1, top_k=1), ours.generate(IDS, max_new_tokens=6))
+    assert torch.equal(draw(1, temperature=1e-4), ours.generate(IDS, max_new_tokens=6))
+
+
+def test_saved_folder_is_transformers(pair, tmp_path):
+    theirs, ours = pair
+    ours.save_pretrained(tmp_path)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    close(again(IDS).logits, theirs(IDS).logits, 1e-6)
+
+
+def test_wrong_use(pair):
+    _, ours = pair
+    for wrong, sentence in (
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 60}, "11 prompt tokens and 60 new ones are more than n_positions = 64"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ours.generate(IDS, **wrong)
+    with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
+        ours()
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be \(B, past \+ S\) = \(3, 11\), got \(3, 5\)"
+    ):
+        ours(IDS, attention_mask=LEFT[:, :5])
+    with pytest.raises(ValueError, match="65 tokens are more than n_positions = 64"):
+        ours(IDS[:, :1].expand(3, 65))
+    with pytest.raises(ValueError, match="add_cross_attention must be False, got True"):
+        models.GPT2Config.from_dict({"add_cross_attention": True})
+
+
+def test_compiles_fullgraph_and_runs_in_bf16(pair):
+    _, ours = pair
+    wanted = ours(IDS, labels=IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        close(compiled(IDS, labels=IDS).loss, wanted.loss, 1e-6)
+    close(ours.bfloat16()(IDS).logits.float(), wanted.logits, 0.05)
