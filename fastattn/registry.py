@@ -49,8 +49,12 @@ _unusable: dict[str, str] = {
 _forced: str | None = None
 
 
-def register(operator: str, backend: str, kernel: Kernel) -> None:
-    _kernels[operator, backend] = kernel
+def register(operator: str, backend: str, implementation: Kernel) -> None:
+    _kernels[operator, backend] = implementation
+
+
+def kernel(operator: str, backend: str) -> Kernel:
+    return _kernels[operator, backend]
 
 
 def mark_unusable(backend: str, reason: str) -> None:
@@ -64,9 +68,9 @@ def choose(call: Call, backend: str | None = None) -> Kernel:
     if wanted is not None:
         check_name(wanted)
     for name in (wanted,) if wanted else ORDER.get(call.device, DEFAULT_ORDER):
-        kernel = _kernels.get((call.operator, name))
-        if kernel is not None and reason_against(name, call) is None:
-            return kernel
+        found = _kernels.get((call.operator, name))
+        if found is not None and reason_against(name, call) is None:
+            return found
     names = (wanted,) if wanted else ORDER.get(call.device, DEFAULT_ORDER)
     reasons = "; ".join(f"{name}: {reason_against(name, call)}" for name in names)
     asked = f"backend {wanted!r}" if wanted else "no backend"
@@ -75,16 +79,16 @@ def choose(call: Call, backend: str | None = None) -> Kernel:
 
 def reason_against(name: str, call: Call) -> str | None:
     """None if this backend serves the call, else the sentence that says why not."""
-    kernel = _kernels.get((call.operator, name))
-    if kernel is None:
+    found = _kernels.get((call.operator, name))
+    if found is None:
         return _unusable.get(name, f"{name} has no {call.operator}")
-    if call.dtype not in kernel.dtypes:
-        known = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
+    if call.dtype not in found.dtypes:
+        known = ", ".join(sorted(str(d).removeprefix("torch.") for d in found.dtypes))
         return f"{name} computes {known}, not {str(call.dtype).removeprefix('torch.')}"
-    missing = sorted(call.features - kernel.features)
+    missing = sorted(call.features - found.features)
     if missing:
         return f"{name} does not implement {', '.join(missing)}"
-    return kernel.declines(*call.arguments)
+    return found.declines(*call.arguments)
 
 
 def verdicts(call: Call) -> dict[str, str | None]:
@@ -99,6 +103,11 @@ def usable() -> dict[str, str | None]:
     return {
         name: None if name in present else _unusable.get(name, "not built") for name in BACKENDS
     }
+
+
+def operators(backend: str) -> list[str]:
+    """What this backend has a kernel for."""
+    return sorted(operator for operator, name in _kernels if name == backend)
 
 
 def check_name(name: str) -> None:

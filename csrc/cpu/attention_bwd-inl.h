@@ -16,9 +16,10 @@ FA_INLINE int64_t padded(int64_t cols) { return cuts(cols, kLanes) * kLanes; }
 
 // A block of queries as the products want it: slots 0 and 1 of the scratch.
 struct BlockInputs {
-  float *queries, *douts;         // QT (D x W) scaled, dOT (Dv x W), group after group
-  float *query_rows, *dout_rows;  // (rows x padded D), (rows x padded Dv)
-  float lse[kBlockRows], delta[kBlockRows];
+  float *queries, *douts;                      // QT (D x W) scaled, dOT (Dv x W), group after group
+  float *query_rows, *dout_rows;               // (rows x padded D), (rows x padded Dv)
+  float lse[kBlockRows], lse_low[kBlockRows];  // in the units of the scores, and what rounding left
+  float delta[kBlockRows];
 };
 
 static void widen_block(
@@ -41,8 +42,9 @@ static void read_block(
   // the forward's factor and order of sums: P is only as right as its scores are the forward's, bit
   // for bit; a rounding elsewhere (scale after the product) costs five times the error at logits of
   // 100
-  const float unit = is_featured(args) ? 1.f : kLog2e;
-  pack_block(block, groups, count, args.query, s, args.D, args.scale * unit, in->queries);
+  const bool featured = is_featured(args);
+  const float factor = args.scale * (featured ? 1.f : kLog2e);
+  pack_block(block, groups, count, args.query, s, args.D, factor, in->queries);
   pack_block(block, groups, count, grads.dout, s, args.Dv, 1.f, in->douts);
   if (rows) {
     in->query_rows = thread_scratch(1, lanes * (padded(args.D) + padded(args.Dv)));
@@ -51,12 +53,14 @@ static void read_block(
     widen_block(block, grads.dout, s, args.Dv, in->dout_rows);
   }
   for (int r = 0; r < block.vectors * kLanes; ++r) {
-    in->lse[r] = in->delta[r] = 0.f;
+    in->lse[r] = in->lse_low[r] = in->delta[r] = 0.f;
     if (r >= block.rows) continue;
     const int64_t at =
         s.b * args.lse_batch + block.head[r] * args.lse_head + s.query_start + block.query[r];
     // a row that sees nothing: its scores are all -inf, and any finite lse makes its P zero
-    in->lse[r] = args.lse[at] == -kInf ? 0.f : args.lse[at] * unit;
+    const double lse = args.lse[at] == -kInf ? 0. : args.lse[at] * (featured ? 1. : kLog2eExact);
+    in->lse[r] = (float)lse;
+    in->lse_low[r] = (float)(lse - in->lse[r]);
     in->delta[r] = grads.delta[at];
   }
 }
@@ -91,14 +95,15 @@ static __attribute__((noinline)) void grade_tile(
     drop_weights(args, block, group, s, key, n, out.kept);
   }
   const Vec unit = splat(is_featured(args) ? kLog2e : 1.f);
-  Vec lse[NV], delta[NV];
+  Vec lse[NV], lse_low[NV], delta[NV];
   for (int v = 0; v < NV; ++v) {
     lse[v] = load(in.lse + lane + v * kLanes);
+    lse_low[v] = load(in.lse_low + lane + v * kLanes);
     delta[v] = load(in.delta + lane + v * kLanes);
   }
   for (int64_t k = 0; k < n; ++k) FA_UNROLL for (int v = 0; v < NV; ++v) {
       const int64_t at = (k * NV + v) * kLanes;
-      const Vec p = exp2((load(out.weights + at) - lse[v]) * unit);
+      const Vec p = exp2((load(out.weights + at) - lse[v] - lse_low[v]) * unit);
       const Vec kept = args.dropout ? load(out.kept + at) : splat(1.f);
       store(out.weights + at, p * kept);
       store(out.dscores + at, p * (load(out.dscores + at) * kept - delta[v]));

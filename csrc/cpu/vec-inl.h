@@ -15,6 +15,7 @@ typedef uint32_t UVec __attribute__((vector_size(4 * kLanes)));
 typedef float VecUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr double kLog2eExact = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInf = __builtin_inff();
 // exp2(x) is exactly 0 from here down, so -inf is a mask with no further test.

@@ -1,0 +1,17 @@
+"""The command line: fastattn info, fastattn verify. Results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import typer
+
+from .info import info
+from .verify import verify
+
+app = typer.Typer(
+    help="Fused attention, normalisation, softmax and cross-entropy for PyTorch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(info)
+app.command()(verify)

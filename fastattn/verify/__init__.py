@@ -1,0 +1,108 @@
+"""`fastattn verify`: the numbers of every operator and of whole models, proved on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .. import __version__, registry
+from ..kernels import native
+from .cases import CASES, Case
+from .judge import DTYPES, Verdict, judge
+from .models import ModelReport, check_models
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Report:
+    """Everything that one run found."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    models: list[ModelReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        checks = [ok for model in self.models for ok in model.checks.values()]
+        return {
+            "passed": sum(v.passed for v in self.verdicts) + sum(checks),
+            "failed": sum(v.failed for v in self.verdicts) + len(checks) - sum(checks),
+            "declined": sum(v.declined is not None for v in self.verdicts),
+        }
+
+    @property
+    def failures(self) -> list[str]:
+        """A sentence for everything that is wrong."""
+        wrong = [v.explain() for v in self.verdicts if v.failed]
+        return wrong + [
+            f"{m.name}: {name}" for m in self.models for name, ok in m.checks.items() if not ok
+        ]
+
+    def rows(self) -> dict[tuple[str, str, str], dict[torch.dtype, tuple[float, float]]]:
+        """(operator, feature, backend) -> dtype -> the worst error over allowance, outputs and gradients."""
+        table: dict[tuple[str, str, str], dict[torch.dtype, tuple[float, float]]] = {}
+        for v in self.verdicts:
+            if v.declined is None:
+                row = table.setdefault((v.case.operator, v.case.feature, v.backend), {})
+                out, grad = row.get(v.dtype, (0.0, 0.0))
+                row[v.dtype] = (max(out, v.worst(False)), max(grad, v.worst(True)))
+        return table
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "fastattn": __version__,
+            "torch": torch.__version__,
+            "instruction_set": native.isa() if registry.usable()["cpu"] is None else None,
+            "threads": torch.get_num_threads(),
+            **self.counts,
+            "seconds": self.seconds,
+            "operators": [
+                {
+                    "case": v.case.id, "dtype": str(v.dtype).removeprefix("torch."), "backend": v.backend,
+                    "passed": v.passed, "declined": v.declined, "error_over_allowance": dict(v.errors),
+                }
+                for v in self.verdicts
+            ],
+            "models": [asdict(m) | {"checks": m.checks} for m in self.models],
+            "failures": self.failures,
+        }  # fmt: skip
+
+
+def run_verify(
+    *,
+    operators: Sequence[str] = (),
+    backends: Sequence[str] = (),
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    quick: bool = False,
+    text: str | None = None,
+    progress: Progress = lambda what, share: None,
+) -> Report:
+    """All cases of these operators on these usable backends (all by default), then the models unless
+    only some operators are asked for. quick: every fourth case, and no models."""
+    start = time.perf_counter()
+    report = Report()
+    cases = selected(operators, quick)
+    usable = [name for name, reason in registry.usable().items() if reason is None]
+    names = list(backends) or usable
+    for at, case in enumerate(cases):
+        progress(f"{case.operator}: {case.feature}", at / len(cases))
+        for dtype in dtypes:
+            report.verdicts += [judge(case, dtype, backend) for backend in names]
+    if not operators and not quick:
+        report.models = check_models(text, progress)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def selected(operators: Sequence[str], quick: bool) -> list[Case]:
+    known = sorted({case.operator for case in CASES})
+    for name in operators:
+        if name not in known:
+            raise ValueError(f"verify: operator must be one of {', '.join(known)}, got {name!r}")
+    cases = [case for case in CASES if not operators or case.operator in operators]
+    return cases[::4] if quick else cases

@@ -1,0 +1,87 @@
+"""The commands as a user runs them: what they print, and how they exit."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from fastattn import registry
+from fastattn.cli import app
+from fastattn.verify import models
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_info():
+    done = run("info")
+    assert done.exit_code == 0
+    assert "reference" in done.stdout and "no Triton kernel" in done.stdout
+    found = json.loads(run("info", "--json").stdout)
+    assert {b["name"] for b in found["backends"]} == {"reference", "cpu", "triton", "cuda"}
+    assert any(i["in_use"] for i in found["instruction_sets"])
+    assert "attention" in found["operators"]["cpu"]
+
+
+def test_verify_prints_a_table_and_one_closing_line():
+    done = run("verify", "--operator", "softmax")
+    assert done.exit_code == 0
+    assert "worst error over allowance" in done.stdout
+    assert (
+        done.stdout.strip()
+        .splitlines()[-1]
+        .startswith("fastattn verify: 90 passed, 0 failed, 0 declined")
+    )
+
+
+def test_verify_json_is_json():
+    done = run("verify", "--quick", "--dtype", "float32", "--backend", "cpu", "--json")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["failed"] == 0 and found["passed"] > 50
+    assert {row["backend"] for row in found["operators"]} == {"cpu"}
+    assert "fastattn verify:" in done.stderr
+
+
+@pytest.fixture
+def wrong_softmax():
+    kernel = registry.kernel("softmax", "cpu")
+    forward = lambda *arguments: kernel.forward(*arguments) * 1.01  # noqa: E731
+    registry.register("softmax", "cpu", kernel._replace(forward=forward))
+    yield
+    registry.register("softmax", "cpu", kernel)
+
+
+def test_verify_fails_loudly(wrong_softmax):
+    done = run("verify", "--operator", "softmax", "--dtype", "float32")
+    assert done.exit_code == 1
+    assert "wrong: softmax-plain-C=7 in float32 on cpu: output 0" in done.stdout
+    assert json.loads(run("verify", "--operator", "softmax", "--json").stdout)["failed"] > 0
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--operator", "soft"], "operator must be one of attention"),
+    (["--dtype", "float8"], "dtype must be one of float32, float16, bfloat16, got 'float8'"),
+    (["--backend", "gpu"], "backend must be one of reference, cpu, triton, cuda, got 'gpu'"),
+    (["--text", "/nowhere"], "there is no file /nowhere"),
+])  # fmt: skip
+def test_wrong_commands(arguments, sentence):
+    done = run("verify", *arguments)
+    assert done.exit_code == 2
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_models_are_compared_on_a_users_text(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("to be or not to be, that is the question. " * 50)
+    said = []
+    reports = models.check_models(
+        str(text), lambda what, share: said.append((what, share)), steps=12
+    )
+    for report in reports:
+        assert all(report.checks.values()), report
+        assert report.curve_difference < 1e-3 and len(report.losses["naive"]) == 12
+        assert report.step_seconds.keys() == report.step_bytes.keys() == {"fused", "naive"}
+    assert said[0][1] == 0 and all(0 <= share <= 1 for _, share in said)
+    with pytest.raises(ValueError, match="more than 256 bytes, got 3"):
+        models.batch(b"abc", "GPT-2 LM", 0)

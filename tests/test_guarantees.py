@@ -1,0 +1,176 @@
+"""What holds for every kernel, bit for bit: threads, neighbours in the batch, repetition, inputs."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn.verify.cases import CASES
+from fastattn.verify.judge import run
+
+SOME = [c for c in CASES if c.operator != "linear_cross_entropy"]  # its products are torch's
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def bits(result):
+    return {name: x.reshape(-1).contiguous().view(torch.uint8) for name, x in result.items()}
+
+
+def identical(a, b):
+    a, b = bits(a), bits(b)
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_for_any_number_of_threads_and_any_time(threads, dtype):
+    wrong = []
+    for case in SOME:
+        threads(1)
+        first = run(case, dtype, "cpu")
+        for n in (1, 2, 3, 7):
+            threads(n)
+            wrong += [(case.id, n, name) for name in identical(first, run(case, dtype, "cpu"))]
+    assert not wrong
+
+
+@pytest.mark.parametrize("Sq, Sk", [(1, 700), (5, 5), (130, 70), (200, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_does_not_see_its_neighbours_in_the_batch(Sq, Sk, dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 4 if s is Sq else 2, s, 16).to(dtype) for s in (Sq, Sk, Sk))
+    lengths = torch.randint(1, Sk + 1, (5,))
+    weight = torch.randn(5, 4, Sq, 16).to(dtype)
+
+    def call(rows):
+        leaves = [x[rows].clone().requires_grad_() for x in (q, k, v)]
+        out, lse = fa.attention(*leaves, causal=True, key_lengths=lengths[rows], return_lse=True)
+        return out, lse, *torch.autograd.grad(out, leaves, weight[rows])
+
+    together = call(slice(None))
+    for b in range(5):
+        for x, y in zip(call(slice(b, b + 1)), together, strict=True):
+            assert torch.equal(x[0], y[b])
+
+
+def test_rows_do_not_see_their_neighbours():
+    torch.manual_seed(0)
+    x, w = torch.randn(50, 33), torch.randn(33)
+    target = torch.randint(0, 33, (50,))
+    calls = [
+        lambda x, t: fa.layer_norm(x, w, w), lambda x, t: fa.rms_norm(x, w), lambda x, t: fa.softmax(x),
+        lambda x, t: fa.gelu(x, bias=w), lambda x, t: fa.swiglu(x, x),
+        lambda x, t: fa.cross_entropy(x, t, reduction="none"),
+    ]  # fmt: skip
+    for call in calls:
+        whole = x.clone().requires_grad_()
+        out = call(whole, target)
+        grad = torch.autograd.grad(out.sum(), whole)[0]
+        for row in (0, 7, 49):
+            one = x[row : row + 1].clone().requires_grad_()
+            alone = call(one, target[row : row + 1])
+            assert torch.equal(alone[0], out[row])
+            assert torch.equal(torch.autograd.grad(alone.sum(), one)[0][0], grad[row])
+
+
+def test_inputs_stay_unchanged():
+    for case in SOME:
+        inputs = {n: x.float() if x.is_floating_point() else x for n, x in case.inputs().items()}
+        before = {n: x.clone() for n, x in inputs.items()}
+        leaves = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]
+        outputs = case.call(inputs, "cpu", torch.Generator().manual_seed(0))
+        torch.autograd.grad(
+            sum(o.nan_to_num(neginf=0).sum() for o in outputs), leaves, allow_unused=True
+        )
+        for name, x in inputs.items():
+            assert torch.equal(x, before[name]), (case.id, name)
+
+
+def test_calls_from_many_threads_at_once():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 2, 60 + n, 16) for n in range(8)]
+    wanted = [fa.attention(x, x, x, causal=True) for x in inputs]
+    wrong = []
+
+    def work(n):
+        for _ in range(20):
+            x = inputs[n].clone().requires_grad_()
+            out = fa.attention(x, x, x, causal=True)
+            out.sum().backward()
+            if not torch.equal(out, wanted[n]):
+                wrong.append(n)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+CHILD = """
+import os, torch, fastattn as fa
+x = torch.randn(2, 4, 100, 16)
+wanted = fa.attention(x, x, x)
+torch.set_num_threads(1)  # as torch's own DataLoader workers do: a thread pool does not survive a fork
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(fa.attention(x, x, x), wanted) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_safe_after_fork():
+    subprocess.run([sys.executable, "-c", CHILD], check=True, timeout=60)
+
+
+MEMORY = """
+import torch, fastattn as fa
+from fastattn.verify.models import resident_bytes
+S, D = 65536, 64
+q, k, v = (torch.randn(1, 1, S, D, requires_grad=True) for _ in range(3))
+dout = torch.randn(1, 1, S, D)
+fa.attention(q[:, :, :256], k[:, :, :256], v[:, :, :256], causal=True).sum().backward()
+for x in (q, k, v):
+    x.grad = torch.zeros_like(x)
+before = resident_bytes(reset=True)
+out = fa.attention(q, k, v, causal=True, window=(512, 0))
+torch.autograd.backward(out, dout)
+own = 4 * 4 * S * D  # out, and the gradients before they are added
+print(resident_bytes(peak=True) - before - own)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory needs Linux")
+def test_64k_tokens_take_less_than_100_mb():
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 100e6
+
+
+def test_nothing_grows_from_call_to_call():
+    code = """
+import torch, fastattn as fa
+from fastattn.verify.models import resident_bytes
+x = torch.randn(2, 4, 300, 64, requires_grad=True)
+def call():
+    fa.attention(x, x, x, causal=True, dropout_p=0.1).sum().backward()
+    fa.layer_norm(x, dropout_p=0.1).sum().backward()
+for _ in range(20): call()
+before = resident_bytes()
+for _ in range(200): call()
+print(resident_bytes() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 8e6
