@@ -101,7 +101,8 @@ static __attribute__((noinline)) void grade_tile(
     lse_low[v] = load(in.lse_low + lane + v * kLanes);
     delta[v] = load(in.delta + lane + v * kLanes);
   }
-  for (int64_t k = 0; k < n; ++k) FA_UNROLL for (int v = 0; v < NV; ++v) {
+  for (int64_t k = 0; k < n; ++k)
+    FA_FOR (v, NV) {
       const int64_t at = (k * NV + v) * kLanes;
       const Vec p = exp2((load(out.weights + at) - lse[v] - lse_low[v]) * unit);
       const Vec kept = args.dropout ? load(out.kept + at) : splat(1.f);

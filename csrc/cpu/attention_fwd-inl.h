@@ -36,17 +36,17 @@ static __attribute__((noinline)) void attend(
   if (kFeatured || edge) {
     for (int v = 0; v < NV; ++v) largest[v] = before[v];
     for (int64_t k = 0; k < n; ++k)
-      FA_UNROLL for (int v = 0; v < NV; ++v) largest[v] =
-          max(largest[v], load(scores + (k * NV + v) * kLanes));
+      FA_FOR (v, NV) largest[v] = max(largest[v], load(scores + (k * NV + v) * kLanes));
   }
 
   const Vec unit = splat(kFeatured ? kLog2e : 1.f);
-  FA_UNROLL for (int v = 0; v < NV; ++v) {
+  FA_FOR (v, NV) {
     alpha[v] = exp2((before[v] - largest[v]) * unit);
-    sums[v] = load(row_sum + v * kLanes) * alpha[v];
+    sums[v] = Vec{};
     store(row_max + v * kLanes, largest[v]);
   }
-  for (int64_t k = 0; k < n; ++k) FA_UNROLL for (int v = 0; v < NV; ++v) {
+  for (int64_t k = 0; k < n; ++k)
+    FA_FOR (v, NV) {
       float* at = scores + (k * NV + v) * kLanes;
       Vec x = load(at) - largest[v];
       if (kFeatured) x *= unit;
@@ -54,7 +54,10 @@ static __attribute__((noinline)) void attend(
       sums[v] += p;
       store(at, p);
     }
-  FA_UNROLL for (int v = 0; v < NV; ++v) store(row_sum + v * kLanes, sums[v]);
+  FA_FOR (v, NV) {
+    float* at = row_sum + v * kLanes;
+    store(at, fma(load(at), alpha[v], sums[v]));
+  }
   if (kFeatured && args.dropout) drop_weights(args, block, group, s, key, n, scores);
   float* out = state->out + group.lane * args.Dv;
   add_rows<NV>(values.data, values.stride, n, args.Dv, scores, out, alpha);

@@ -39,11 +39,11 @@ constexpr int64_t kTileKeys = 64;
 FA_INLINE void transpose(Vec (&x)[kLanes]) {
   for (int round = 1; round < kLanes; round *= 2) {
     Vec y[kLanes];
-    FA_UNROLL for (int k = 0; k < kLanes / 2; ++k) {
+    FA_FOR (k, kLanes / 2) {
       y[2 * k] = FA_ZIP(x[k], x[k + kLanes / 2], 0);
       y[2 * k + 1] = FA_ZIP(x[k], x[k + kLanes / 2], kLanes / 2);
     }
-    FA_UNROLL for (int k = 0; k < kLanes; ++k) x[k] = y[k];
+    FA_FOR (k, kLanes) x[k] = y[k];
   }
 }
 
@@ -57,9 +57,9 @@ static void pack_rows(const void* const* rows, int64_t cols, float factor, float
   if (all)
     for (; c + kLanes <= cols; c += kLanes) {
       Vec x[kLanes];
-      FA_UNROLL for (int l = 0; l < kLanes; ++l) x[l] = load((const T*)rows[l] + c) * splat(factor);
+      FA_FOR (l, kLanes) x[l] = load((const T*)rows[l] + c) * splat(factor);
       transpose(x);
-      FA_UNROLL for (int l = 0; l < kLanes; ++l) store(out + (c + l) * W, x[l]);
+      FA_FOR (l, kLanes) store(out + (c + l) * W, x[l]);
     }
   for (int l = 0; l < kLanes; ++l)
     for (int64_t d = c; d < cols; ++d)
@@ -139,13 +139,14 @@ FA_INLINE void* offset_by(void* data, Dtype dtype, int64_t entries) {
 template <int NV, int MR>
 FA_INLINE void dot_tile(
     const float* rows, int64_t stride, const float* columns, int64_t D, Vec (&s)[MR][NV]) {
-  FA_UNROLL for (int r = 0; r < MR; ++r) FA_UNROLL for (int v = 0; v < NV; ++v) s[r][v] = Vec{};
+  FA_FOR (r, MR)
+    FA_FOR (v, NV) s[r][v] = Vec{};
   for (int64_t d = 0; d < D; ++d) {
     Vec q[NV];
-    FA_UNROLL for (int v = 0; v < NV; ++v) q[v] = load(columns + (d * NV + v) * kLanes);
-    FA_UNROLL for (int r = 0; r < MR; ++r) {
+    FA_FOR (v, NV) q[v] = load(columns + (d * NV + v) * kLanes);
+    FA_FOR (r, MR) {
       const Vec k = splat(rows[r * stride + d]);
-      FA_UNROLL for (int v = 0; v < NV; ++v) s[r][v] = fma(k, q[v], s[r][v]);
+      FA_FOR (v, NV) s[r][v] = fma(k, q[v], s[r][v]);
     }
   }
 }
@@ -160,10 +161,11 @@ FA_INLINE void dot_rows(
     constexpr int rows_now = decltype(size)::value;
     Vec s[rows_now][NV];
     dot_tile<NV, rows_now>(rows + k * stride, stride, columns, D, s);
-    FA_UNROLL for (int r = 0; r < rows_now; ++r) FA_UNROLL for (int v = 0; v < NV; ++v) {
-      store(out + ((k + r) * NV + v) * kLanes, s[r][v]);
-      largest[v] = max(largest[v], s[r][v]);
-    }
+    FA_FOR (r, rows_now)
+      FA_FOR (v, NV) {
+        store(out + ((k + r) * NV + v) * kLanes, s[r][v]);
+        largest[v] = max(largest[v], s[r][v]);
+      }
   };
   int64_t k = 0;
   for (; k + MR <= n; k += MR) tile(std::integral_constant<int, MR>{}, k);
@@ -172,6 +174,8 @@ FA_INLINE void dot_rows(
 }
 
 // out (cols x W) = out * alpha + rows^T (cols x n) by weights (n x W): O += V^T P, or dQ += K^T dS.
+// The tile is summed by itself first: chains of 64 terms, not of Sk, keep the error that of blocked
+// sums.
 template <int NV>
 FA_INLINE void add_rows(
     const float* rows, int64_t stride, int64_t n, int64_t cols, const float* weights, float* out,
@@ -180,18 +184,21 @@ FA_INLINE void add_rows(
   const auto tile = [&](auto size, int64_t c) __attribute__((always_inline)) {
     constexpr int cols_now = decltype(size)::value;
     Vec acc[cols_now][NV];
-    FA_UNROLL for (int r = 0; r < cols_now; ++r) FA_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] =
-        load(out + ((c + r) * NV + v) * kLanes) * alpha[v];
+    FA_FOR (r, cols_now)
+      FA_FOR (v, NV) acc[r][v] = Vec{};
     for (int64_t k = 0; k < n; ++k) {
       Vec w[NV];
-      FA_UNROLL for (int v = 0; v < NV; ++v) w[v] = load(weights + (k * NV + v) * kLanes);
-      FA_UNROLL for (int r = 0; r < cols_now; ++r) {
+      FA_FOR (v, NV) w[v] = load(weights + (k * NV + v) * kLanes);
+      FA_FOR (r, cols_now) {
         const Vec x = splat(rows[k * stride + c + r]);
-        FA_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+        FA_FOR (v, NV) acc[r][v] = fma(x, w[v], acc[r][v]);
       }
     }
-    FA_UNROLL for (int r = 0; r < cols_now; ++r) FA_UNROLL for (int v = 0; v < NV; ++v)
-        store(out + ((c + r) * NV + v) * kLanes, acc[r][v]);
+    FA_FOR (r, cols_now)
+      FA_FOR (v, NV) {
+        float* at = out + ((c + r) * NV + v) * kLanes;
+        store(at, fma(load(at), alpha[v], acc[r][v]));
+      }
   };
   int64_t c = 0;
   for (; c + MR <= cols; c += MR) tile(std::integral_constant<int, MR>{}, c);
@@ -205,19 +212,21 @@ template <int MR, int NC>
 FA_INLINE void outer_tile(
     const float* weights, int64_t W, const float* rows, int64_t q, int64_t cols, float* sum) {
   Vec acc[MR][NC];
-  FA_UNROLL for (int r = 0; r < MR; ++r) FA_UNROLL for (int v = 0; v < NC; ++v) acc[r][v] = Vec{};
+  FA_FOR (r, MR)
+    FA_FOR (v, NC) acc[r][v] = Vec{};
   for (int64_t i = 0; i < q; ++i) {
     Vec x[NC];
-    FA_UNROLL for (int v = 0; v < NC; ++v) x[v] = load(rows + i * cols + v * kLanes);
-    FA_UNROLL for (int r = 0; r < MR; ++r) {
+    FA_FOR (v, NC) x[v] = load(rows + i * cols + v * kLanes);
+    FA_FOR (r, MR) {
       const Vec w = splat(weights[r * W + i]);
-      FA_UNROLL for (int v = 0; v < NC; ++v) acc[r][v] = fma(w, x[v], acc[r][v]);
+      FA_FOR (v, NC) acc[r][v] = fma(w, x[v], acc[r][v]);
     }
   }
-  FA_UNROLL for (int r = 0; r < MR; ++r) FA_UNROLL for (int v = 0; v < NC; ++v) {
-    float* at = sum + r * cols + v * kLanes;
-    store(at, load(at) + acc[r][v]);
-  }
+  FA_FOR (r, MR)
+    FA_FOR (v, NC) {
+      float* at = sum + r * cols + v * kLanes;
+      store(at, load(at) + acc[r][v]);
+    }
 }
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kOuterRows = 6, kOuterVectors = 4;

@@ -12,7 +12,7 @@ FA_INLINE float largest_entry(const T* x, int64_t C) {
   Vec most[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
   int64_t c = 0;
   for (; c + 4 * kLanes <= C; c += 4 * kLanes)
-    FA_UNROLL for (int i = 0; i < 4; ++i) most[i] = max(most[i], load(x + c + i * kLanes));
+    FA_FOR (i, 4) most[i] = max(most[i], load(x + c + i * kLanes));
   for (; c + kLanes <= C; c += kLanes) most[0] = max(most[0], load(x + c));
   if (c < C) most[1] = max(most[1], load_first(x + c, C - c, -kInf));
   return reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));

@@ -77,7 +77,7 @@ FA_INLINE float sum_vectors(int64_t C, Term term) {
   Vec sums[4] = {};
   int64_t c = 0;
   for (; c + 4 * kLanes <= C; c += 4 * kLanes)
-    FA_UNROLL for (int i = 0; i < 4; ++i) sums[i] += term(c + i * kLanes, Whole{});
+    FA_FOR (i, 4) sums[i] += term(c + i * kLanes, Whole{});
   for (; c + kLanes <= C; c += kLanes) sums[0] += term(c, Whole{});
   if (c < C) sums[1] += term(c, First{C - c});
   return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -99,7 +99,7 @@ FA_INLINE Pair sum_pairs(int64_t C, Term term) {
   };
   int64_t c = 0;
   for (; c + 4 * kLanes <= C; c += 4 * kLanes)
-    FA_UNROLL for (int i = 0; i < 4; ++i) add_to(&sums[i], term(c + i * kLanes, Whole{}));
+    FA_FOR (i, 4) add_to(&sums[i], term(c + i * kLanes, Whole{}));
   for (; c + kLanes <= C; c += kLanes) add_to(&sums[0], term(c, Whole{}));
   if (c < C) add_to(&sums[1], term(c, First{C - c}));
   return {

@@ -6,7 +6,7 @@
 namespace fastattn::FASTATTN_ISA {
 
 #define FA_INLINE static inline __attribute__((always_inline))
-#define FA_UNROLL _Pragma("GCC unroll 16")
+#define FA_FOR(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)  // unrolled
 
 constexpr int kLanes = FASTATTN_LANES;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
