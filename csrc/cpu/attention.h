@@ -48,7 +48,7 @@ constexpr int64_t kUnlimited = INT64_MAX / 4;
 struct AttentionArgs {
   int64_t B, Hq, Hkv, Sq, Sk, D, Dv;
   Heads query, key, value, out;
-  float* lse;
+  float *lse, *lse_low;  // natural log; low is what rounding lse to fp32 left
   int64_t lse_batch, lse_head;
 
   Scores bias, mask;  // mask: uint8, 1 may attend

@@ -58,7 +58,9 @@ static void read_block(
     const int64_t at =
         s.b * args.lse_batch + block.head[r] * args.lse_head + s.query_start + block.query[r];
     // a row that sees nothing: its scores are all -inf, and any finite lse makes its P zero
-    const double lse = args.lse[at] == -kInf ? 0. : args.lse[at] * (featured ? 1. : kLog2eExact);
+    // in two floats: rounded to one, a logit of 3500 would put an error of 1e-4 into P
+    double lse = args.lse[at] == -kInf ? 0. : (double)args.lse[at] + args.lse_low[at];
+    if (!featured) lse *= kLog2eExact;
     in->lse[r] = (float)lse;
     in->lse_low[r] = (float)(lse - in->lse[r]);
     in->delta[r] = grads.delta[at];

@@ -154,8 +154,11 @@ static void finish_block(
     }
     inverse[r] = seen ? (float)(rescale / row_sum) : 0.f;
     if (r >= block.rows) continue;
-    float* lse = args.lse + s.b * args.lse_batch + block.head[r] * args.lse_head;
-    lse[s.query_start + block.query[r]] = seen ? (float)(row_max + std::log(row_sum)) : -kInf;
+    const int64_t at =
+        s.b * args.lse_batch + block.head[r] * args.lse_head + s.query_start + block.query[r];
+    const double lse = seen ? row_max + std::log(row_sum) : -kInf;
+    args.lse[at] = (float)lse;
+    args.lse_low[at] = seen ? (float)(lse - args.lse[at]) : 0.f;
   }
   for (const Group* group = groups; group != groups + count; ++group)
     for (int v = 0; v < group->vectors; ++v) {

@@ -147,7 +147,7 @@ static Tensor empty_out(const Tensor& query, int64_t Dv) {
   return torch::stable::transpose(torch::stable::new_empty(query, {B, Sq, Hq, Dv}), 1, 2);
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(
+std::tuple<Tensor, Tensor, Tensor> attention_fwd(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
     const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
@@ -166,9 +166,11 @@ std::tuple<Tensor, Tensor> attention_fwd(
                    ? torch::stable::new_empty(query, {args.Hq, query.size(0)}, ScalarType::Float)
                    : torch::stable::new_empty(query, {args.B, args.Hq, args.Sq}, ScalarType::Float);
   args.out = heads(out);
+  Tensor lse_low = torch::stable::empty_like(lse);
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.lse_low = static_cast<float*>(lse_low.mutable_data_ptr());
   if (args.Hq > 0) kernels().attention_fwd(args);
-  return {out, lse};
+  return {out, lse, lse_low};
 }
 
 // ---- backward ---------------------------------------------------------------------------------
@@ -230,9 +232,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
     const OptionalTensor& key_lengths, const OptionalTensor& page_table,
-    const OptionalTensor& philox, const Tensor& out, const Tensor& lse, double scale, bool causal,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-    double dropout_p, bool diagonal_at_length, int64_t, int64_t, int64_t needs) {
+    const OptionalTensor& philox, const Tensor& out, const Tensor& lse, const Tensor& lse_low,
+    double scale, bool causal, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, double softcap, double dropout_p, bool diagonal_at_length,
+    int64_t, int64_t, int64_t needs) {
   Held held;
   AttentionArgs args = attention_args(
       {query, key, value, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, key_lengths,
@@ -241,6 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
       &held);
   args.out = heads(out);
   args.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  args.lse_low = const_cast<float*>(lse_low.const_data_ptr<float>());
 
   Tensor dout =
       dout_any ? with_contiguous_rows(*dout_any) : torch::stable::new_zeros(out, out.sizes());

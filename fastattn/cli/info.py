@@ -25,7 +25,12 @@ def gather() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backends": [b._asdict() for b in backends()],
         "instruction_sets": [
-            {**i._asdict(), "in_use": i.name == native.isa()}
+            # one source makes every set, so each has every kernel
+            {
+                **i._asdict(),
+                "in_use": i.name == native.isa(),
+                "operators": registry.operators("cpu"),
+            }
             for i in (native.isas() if built else [])
         ],
         "operators": {name: registry.operators(name) for name in registry.BACKENDS},
@@ -50,8 +55,10 @@ def info(
         names = ", ".join(found["operators"][row["name"]])
         table.add_row(row["name"], "yes" if row["usable"] else "no", row["detail"], names)
     console.print(table)
-    table = Table("instruction set", "floats a vector", "runs here", "in use")
+    table = Table("instruction set", "floats a vector", "on this processor", "in use", "operators")
     for row in found["instruction_sets"]:
-        yes = ["yes" if row[key] else "" for key in ("runs_here", "in_use")]
-        table.add_row(row["name"], str(row["lanes"]), *yes)
+        runs = "runs" if row["runs_here"] else "compiled only"
+        same = row["operators"] == found["operators"]["cpu"]
+        names = "all of the above" if same else ", ".join(row["operators"])
+        table.add_row(row["name"], str(row["lanes"]), runs, "yes" if row["in_use"] else "", names)
     console.print(table)

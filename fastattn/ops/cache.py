@@ -292,5 +292,5 @@ def attention_decode(
     )  # fmt: skip
     if cache.page_table is not None:
         tensors = tensors._replace(key=cache.key, value=cache.value, page_table=cache.page_table)
-    out, lse = run(tensors, spec._replace(diagonal_at_length=True), backend)
+    out, lse, _ = run(tensors, spec._replace(diagonal_at_length=True), backend)
     return (out, lse) if return_lse else out

@@ -100,7 +100,7 @@ def attention(
                 x["bias"][torch.rand(shape(bias)) < hole] = -torch.inf
         if mask:
             x["mask"] = torch.rand(shape(mask)) > 0.3
-            if dark:
+            if dark and "q" in mask:
                 x["mask"][..., ::3, :] = False
         if lengths:
             x["key_lengths"] = torch.tensor(lengths)

@@ -38,8 +38,9 @@ def attention(
     max_seqlen_k: int,
     *,
     accumulate: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Sq, Dv) in query's dtype and lse (B, Hq, Sq) in fp32 (fp64 for fp64 inputs).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, Hq, Sq, Dv) in query's dtype, lse (B, Hq, Sq) in fp32 (fp64 for fp64 inputs), and what
+    rounding lse left.
 
     Packed: out (total_q, Hq, Dv) and lse (Hq, total_q). With a page_table (B, max_pages), key and
     value are pages (pages, page_size, Hkv, D).
@@ -53,7 +54,7 @@ def attention(
             query, key, value, bias, mask, alibi_slopes, sinks, key_lengths, philox, first, *spec,
             accumulate=accumulate,
         )  # fmt: skip
-    outs, lses = [], []
+    parts = []
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
         q = query[starts_q[b] : starts_q[b + 1]].transpose(0, 1)[None]
@@ -65,14 +66,15 @@ def attention(
             else alibi_slopes
         )
         first = torch.full((), b, device=query.device)
-        out, lse = dense(
+        out, lse, low = dense(
             q, k, v, None, None, slopes, sinks, None, philox, first, *spec, accumulate=accumulate
         )
-        outs.append(out[0].transpose(0, 1))
-        lses.append(lse[0])
-    if not outs:
-        return query[..., :0].expand(*query.shape[:-1], value.shape[-1]), query[..., 0].t().float()
-    return torch.cat(outs), torch.cat(lses, -1)
+        parts.append((out[0].transpose(0, 1), lse[0], low[0]))
+    if not parts:
+        lse = query[..., 0].t().float()
+        return query[..., :0].expand(*query.shape[:-1], value.shape[-1]), lse, lse.clone()
+    outs, lses, lows = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses, -1), torch.cat(lows, -1)
 
 
 def gather_pages(pages: Tensor, page_table: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ def dense(
     diagonal_at_length: bool,
     *,
     accumulate: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One batch of equal lengths; `first` is the batch index of its first entry, for dropout."""
     B, Hq, Sq, _ = query.shape
     Hkv, Sk = key.shape[1:3]
@@ -146,7 +148,9 @@ def dense(
         planes = torch.arange(B * Hq, device=query.device).reshape(B, Hq, 1) + first * Hq
         kept = keep_mask(i, planes, Sk, philox, dropout_p)
         weights = torch.where(kept, weights * keep_scale(dropout_p), 0.0)
-    return (weights @ v).to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
+    rounded = lse.detach().to(torch.promote_types(query.dtype, torch.float32))
+    low = torch.where(seen, lse.detach() - rounded, 0.0).to(rounded.dtype)
+    return (weights @ v).to(query.dtype), lse.to(rounded.dtype), low
 
 
 def diagonal_distance(query: Tensor, Sk: int, lengths: Tensor | None) -> Tensor:
