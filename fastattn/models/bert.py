@@ -23,6 +23,7 @@ from ..ops.cross_entropy import cross_entropy
 from .checkpoint import Config, PretrainedModel
 
 GELU_FORMS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass
@@ -306,6 +307,8 @@ class BertForMaskedLM(BertPretrained):
         self.initialise(config)
         if config.tie_word_embeddings:
             predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        else:  # in transformers' files there is one, which nothing uses
+            predictions.bias = nn.Parameter(torch.zeros_like(predictions.decoder.bias))
 
     def forward(
         self,
@@ -413,13 +416,17 @@ def classification_loss(config: BertConfig, logits: Tensor, labels: Tensor) -> T
         integers = labels.dtype in (torch.int64, torch.int32)
         kind = "single_label_classification" if integers else "multi_label_classification"
         kind = "regression" if config.num_labels == 1 else kind
-    if kind == "regression":
-        return F.mse_loss(logits.squeeze(-1) if config.num_labels == 1 else logits, labels)
+    if kind not in PROBLEM_TYPES:
+        raise ValueError(
+            f"BertConfig: problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {kind!r}"
+        )
     if kind == "single_label_classification":
-        return cross_entropy(logits, labels.long())
-    if kind == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(logits, labels)
-    raise ValueError(
-        "BertConfig: problem_type must be regression, single_label_classification or "
-        f"multi_label_classification, got {kind!r}"
-    )
+        return cross_entropy(logits, labels.reshape(-1).long())
+    if labels.numel() != logits.numel():
+        raise ValueError(
+            f"BertForSequenceClassification: labels of a {kind} problem must be (B, num_labels) = "
+            f"{tuple(logits.shape)}, got {tuple(labels.shape)}"
+        )
+    labels = labels.reshape(logits.shape).to(logits.dtype)
+    loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+    return loss(logits, labels)

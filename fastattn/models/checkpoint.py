@@ -59,7 +59,7 @@ class PretrainedModel(torch.nn.Module):
     """A model that reads and writes folders of transformers' format.
 
     base: the attribute that holds the headless model; its weights carry that prefix in a model with a
-    head, and none by themselves, and either is accepted. tied: weights that are another's.
+    head, and none by themselves, and either is accepted. tied: weights that may be another's.
     """
 
     config_class: ClassVar[type[Config]]
@@ -81,13 +81,19 @@ class PretrainedModel(torch.nn.Module):
             )
         return model.to(dtype).eval() if dtype else model.eval()
 
+    def shared(self) -> set[str]:
+        """The names of weights that are another's, and so are not in a file by themselves."""
+        own = self.state_dict(keep_vars=True)
+        return {a for a, b in self.tied.items() if own[a] is own[b]}
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, tied weights once."""
         from safetensors.torch import save_file
 
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        state = {k: v.contiguous() for k, v in self.state_dict().items() if k not in self.tied}
+        shared = self.shared()
+        state = {k: v.contiguous() for k, v in self.state_dict().items() if k not in shared}
         dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
         config = {**self.config.to_dict(), "architectures": [type(self).__name__], "dtype": dtype}
         text = json.dumps(config, indent=2, sort_keys=True)
@@ -107,9 +113,14 @@ class PretrainedModel(torch.nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: the checkpoint has other shapes: {', '.join(wrong)}"
             )
-        missing = sorted(own.keys() - weights.keys() - self.tied.keys())
+        missing = sorted(own.keys() - weights.keys() - self.shared())
         unused = sorted(weights.keys() - own.keys())
-        self.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
+        # a file may hold a shared weight under both names: the one that it is saved under counts
+        taken = {k: v for k, v in weights.items() if k in own}
+        for name, source in self.tied.items():
+            if name in self.shared() and source in taken:
+                taken.pop(name, None)
+        self.load_state_dict(taken, strict=False)
         parts = []
         if missing:
             parts.append(f"not in the checkpoint and freshly initialised: {', '.join(missing)}")

@@ -116,6 +116,11 @@ class GPT2Attention(nn.Module):
             dropout_p = self.dropout_p if self.training else 0.0
             out = attention(q, k, v, causal=True, mask=mask, dropout_p=dropout_p, scale=self.scale)
         else:
+            if self.training and self.dropout_p > 0:
+                raise ValueError(
+                    "GPT2Model: a cache and attention dropout do not go together; call model.eval(), or "
+                    "set attn_pdrop to 0"
+                )
             cache.append(k, v)
             out = attention_decode(q, cache, mask=mask, scale=self.scale)
         return self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2)))
@@ -203,6 +208,8 @@ class GPT2Model(GPT2Pretrained):
             x = block(x, mask, past_key_values[layer] if past_key_values else None)
             states.append(x)
         x = self.ln_f(x)
+        if past_key_values and x.requires_grad:
+            x.register_hook(refuse_gradient)
         states[-1] = x
         return GPT2Output(x, past_key_values, tuple(states) if output_hidden_states else None)
 
@@ -323,6 +330,13 @@ class GPT2LMHeadModel(GPT2Pretrained):
             if not running.any():
                 break
         return tokens
+
+
+def refuse_gradient(grad: Tensor) -> Tensor:
+    raise ValueError(
+        "GPT2Model: keys and values in a cache have no gradient, so a forward pass with past_key_values or "
+        "use_cache has no backward pass; call the model without them"
+    )
 
 
 # ---- generation -------------------------------------------------------------------------------

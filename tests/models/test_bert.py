@@ -59,6 +59,27 @@ def test_heads(twins, head, act):
     same_gradients(theirs, ours)
 
 
+def test_untied_heads(twins, tmp_path):
+    theirs, ours = twins(
+        "BertForMaskedLM", models.BertForMaskedLM, CONFIG, tie_word_embeddings=False
+    )
+    close(ours(**INPUTS).logits, theirs(**INPUTS).logits)
+    ours.save_pretrained(tmp_path / "again")
+    again = models.BertForMaskedLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(**INPUTS).logits, ours(**INPUTS).logits)
+
+
+def test_labels_of_a_classification(twins):
+    _, ours = twins(
+        "BertForSequenceClassification", models.BertForSequenceClassification, CONFIG, num_labels=1
+    )
+    flat = ours(**INPUTS, labels=torch.tensor([0.0, 1.0, 2.0])).loss
+    assert torch.equal(ours(**INPUTS, labels=torch.tensor([[0.0], [1.0], [2.0]])).loss, flat)
+    assert torch.equal(ours(**INPUTS, labels=torch.tensor([0, 1, 2])).loss, flat)
+    with pytest.raises(ValueError, match=r"regression problem must be .* = \(3, 1\), got \(3, 2\)"):
+        ours(**INPUTS, labels=torch.zeros(3, 2))
+
+
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
 def test_saved_folder_is_transformers(twins, name, tmp_path):
     theirs, ours = twins(name, getattr(models, name), CONFIG)

@@ -45,6 +45,26 @@ def test_logits_loss_and_gradients(twins, changes):
     same_gradients(theirs, ours)
 
 
+def test_a_cache_has_no_gradients(pair):
+    _, ours = pair
+    with pytest.raises(ValueError, match="keys and values in a cache have no gradient"):
+        ours(IDS, use_cache=True, labels=IDS).loss.backward()
+    ours.transformer.h[0].attn.dropout_p = 0.1
+    with pytest.raises(ValueError, match="a cache and attention dropout do not go together"):
+        ours.train().generate(IDS)
+
+
+def test_untied_heads(twins, tmp_path):
+    theirs, ours = twins(
+        "GPT2LMHeadModel", models.GPT2LMHeadModel, CONFIG, tie_word_embeddings=False
+    )
+    assert not torch.equal(ours.lm_head.weight, ours.transformer.wte.weight)
+    close(ours(IDS).logits, theirs(IDS).logits)
+    ours.save_pretrained(tmp_path / "again")
+    again = models.GPT2LMHeadModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, ours(IDS).logits)
+
+
 def test_padding_on_the_left(pair):
     theirs, ours = pair
     positions = (LEFT.cumsum(-1) - 1).clamp(min=0)
