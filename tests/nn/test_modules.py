@@ -203,3 +203,70 @@ def test_cross_entropy_loss(options, shape):
 def test_cross_entropy_loss_with_probabilities():
     x, target = torch.randn(3, 7), torch.rand(3, 7)
     close(fnn.CrossEntropyLoss()(x, target), torch.nn.CrossEntropyLoss()(x, target))
+
+
+Q, K = torch.randn(N, L, 16), torch.randn(N, S, 16)
+BAD_ATTENTION = {
+    "int attn_mask": ((Q, K, K), {"attn_mask": torch.ones(L, S, dtype=torch.int32)}),
+    "uint8 attn_mask": ((Q, K, K), {"attn_mask": torch.ones(L, S, dtype=torch.uint8)}),
+    "int key_padding_mask": ((Q, K, K), {"key_padding_mask": torch.zeros(N, S, dtype=torch.int64)}),
+    "attn_mask of one row": ((Q, K, K), {"attn_mask": torch.zeros(1, S)}),
+    "4-D attn_mask": ((Q, K, K), {"attn_mask": torch.zeros(N, H, L, S)}),
+    "1-D attn_mask": ((Q, K, K), {"attn_mask": torch.zeros(S)}),
+    "3-D attn_mask of one head": ((Q, K, K), {"attn_mask": torch.zeros(N, L, S)}),
+    "key_padding_mask of one row": ((Q, K, K), {"key_padding_mask": PADDING[:1]}),
+    "short key_padding_mask": ((Q, K, K), {"key_padding_mask": PADDING[:, 1:]}),
+    "1-D key_padding_mask": ((Q, K, K), {"key_padding_mask": PADDING[0]}),
+    "key of another batch": ((Q, K[:1], K[:1]), {}),
+    "value of another length": ((Q, K, K[:, 1:]), {}),
+    "query of another width": ((Q[..., 1:], K, K), {}),
+    "value of another width": ((Q, K, K[..., 1:]), {}),
+    "1-D query": ((Q[0, 0],) * 3, {}),
+    "unbatched key": ((Q, K[0], K[0]), {}),
+    "unbatched with a batch of masks": ((Q[0], K[0], K[0]), {"key_padding_mask": PADDING}),
+    "the hint without a mask": ((Q, K, K), {"is_causal": True}),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_ATTENTION)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_attention_raises_where_torch_does(wrong, need_weights):
+    args, options = BAD_ATTENTION[wrong]
+    theirs, ours = pair("MultiheadAttention", 16, H, batch_first=True)
+    with pytest.raises((AssertionError, RuntimeError)) as raised:
+        theirs(*args, **options, need_weights=need_weights)
+    with pytest.raises(raised.type, match=r"^MultiheadAttention: .*") as own:
+        ours(*args, **options, need_weights=need_weights)
+    assert own.type is raised.type and "\n" not in str(own.value)
+
+
+def test_multihead_attention_names_what_is_wrong():
+    ours = fnn.MultiheadAttention(16, H, kdim=12, vdim=10)
+    for options, sentence in (
+        ({"attn_mask": torch.ones(L, L, dtype=torch.int32)}, r"attn_mask must be bool .* got int32"),
+        ({"key_padding_mask": PADDING}, r"key_padding_mask must be 1-D beside a 2-D query, got \(3, 7"),
+        ({}, r"must have \(16, 12, 10\) features, got query \(1, 5, 16\), key"),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match=sentence):
+            ours(Q[0], Q[0], Q[0], **options)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("weights", ["averaged", "whole", "not needed"])
+def test_multihead_attention_of_a_nested_batch(weights):
+    theirs, ours = (m.eval() for m in pair("MultiheadAttention", 16, H, batch_first=True))
+    x = torch.nested.nested_tensor([torch.randn(n, 16) for n in (4, 7, 2)])
+    options = {"need_weights": weights != "not needed", "average_attn_weights": weights != "whole"}
+    with torch.no_grad():
+        (a, w), (b, v) = ours(x, x, x, **options), theirs(x, x, x, **options)
+    assert a.is_nested
+    for ours_row, theirs_row in zip(a.unbind(), b.unbind(), strict=True):
+        close(ours_row, theirs_row)
+    assert (w is None) == (v is None)
+    for row, (n, wanted) in enumerate(zip((4, 7, 2), () if v is None else v, strict=False)):
+        close(w[row, ..., :n, :n], wanted[..., :n, :n])
+    x_with_gradient = torch.nested.nested_tensor(list(x.unbind()), requires_grad=True)
+    ours(x_with_gradient, x_with_gradient, x_with_gradient)[0].to_padded_tensor(0).sum().backward()
+    assert x_with_gradient.grad.is_nested
+    with pytest.raises(AssertionError, match="a nested query must be key and value too"):
+        ours(x, x.clone(), x)
