@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.activation import gelu
-from .attention import MultiheadAttention
+from .attention import MultiheadAttention, nested_like, padded
 from .norm import LayerNorm
 
 
@@ -35,12 +35,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first,
             bias, device, dtype,
         )  # fmt: skip
-        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.self_attn = MultiheadAttention(
-            d_model, nhead, dropout, batch_first=batch_first, **factory
-        )
-        self.norm1 = LayerNorm(d_model, layer_norm_eps, **factory)
-        self.norm2 = LayerNorm(d_model, layer_norm_eps, **factory)
+        # torch's children, with the weights that it drew, under the classes whose forward is fused
+        self.self_attn.__class__ = MultiheadAttention
+        self.norm1.__class__ = self.norm2.__class__ = LayerNorm
 
     def forward(
         self,
@@ -85,11 +82,5 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self.dropout2(self.linear2(self.dropout(h)))
 
     def forward_nested(self, src: Tensor, src_mask: Tensor | None, is_causal: bool) -> Tensor:
-        sequences = src.unbind()
-        lengths = torch.tensor([len(s) for s in sequences], device=src.device)
-        padded = torch.nested.to_padded_tensor(src, 0.0)
-        padding = torch.arange(padded.shape[1], device=src.device) >= lengths[:, None]
-        out = self.forward(padded, src_mask, padding, is_causal)
-        return torch.nested.as_nested_tensor(
-            [o[: len(s)] for o, s in zip(out, sequences, strict=True)]
-        )
+        x, padding = padded(src)
+        return nested_like(src, self.forward(x, src_mask, padding, is_causal))

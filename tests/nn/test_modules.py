@@ -1,6 +1,8 @@
 """fastattn.nn against torch.nn with the same weights: every mask, every option, gradients too."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -270,3 +272,24 @@ def test_multihead_attention_of_a_nested_batch(weights):
     assert x_with_gradient.grad.is_nested
     with pytest.raises(AssertionError, match="a nested query must be key and value too"):
         ours(x, x.clone(), x)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "norm_first": True}], ids=str)
+def test_encoder_layer_draws_torchs_weights(options):
+    torch.manual_seed(0)
+    theirs = torch.nn.TransformerEncoderLayer(8, 2, 16, **options)
+    torch.manual_seed(0)
+    ours = fnn.TransformerEncoderLayer(8, 2, 16, **options)
+    wanted = theirs.state_dict()
+    assert list(ours.state_dict()) == list(wanted)
+    assert all(torch.equal(p, wanted[name]) for name, p in ours.state_dict().items())
+    assert type(ours.self_attn) is fnn.MultiheadAttention
+    assert type(ours.norm1) is type(ours.norm2) is fnn.LayerNorm
+
+
+def test_encoder_layer_is_copied_and_pickled():
+    layer = fnn.TransformerEncoderLayer(8, 2, 16, activation="gelu").eval()
+    x = torch.randn(5, 3, 8)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin.self_attn) is fnn.MultiheadAttention
+        assert torch.equal(twin(x), layer(x))
