@@ -12,4 +12,8 @@ class Softmax(torch.nn.Softmax):
     """torch.nn.Softmax. Without a dim torch guesses one and warns, and so does this."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if self.dim is None else softmax(input, self.dim)
+        if self.dim is None:
+            return super().forward(input)
+        y = softmax(input, self.dim)
+        # autocast makes a softmax float32 on a GPU, and leaves its dtype alone on a CPU
+        return y.to(input.dtype) if input.device.type == "cpu" else y

@@ -293,3 +293,35 @@ def test_encoder_layer_is_copied_and_pickled():
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert type(twin.self_attn) is fnn.MultiheadAttention
         assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_norms_of_a_wrong_shape(name):
+    for shape, wrong in (((4, 6), (2, 6, 4)), (5, (2, 4)), ((4, 6), (6,))):
+        for affine in (True, False):
+            theirs, ours = pair(name, shape, elementwise_affine=affine)
+            with pytest.raises((RuntimeError, ValueError)):  # RMSNorm has both
+                theirs(torch.randn(wrong))
+            with pytest.raises(
+                RuntimeError, match=rf"^{name}: the input must end in normalized_shape"
+            ):
+                ours(torch.randn(wrong))
+    x = torch.randn(2, 4, 6)
+    with pytest.raises(RuntimeError, match=rf"^{name}: residual must have the input's shape"):
+        getattr(fnn, name)((4, 6))(x, residual=torch.randn(2, 6, 4))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_dtypes_under_autocast_are_torchs(norm_first):
+    theirs, ours = pair("TransformerEncoderLayer", 16, H, 32, 0.0, norm_first=norm_first)
+    x = torch.randn(S, N, 16)
+    norms, norm_own = pair("LayerNorm", 16)
+    soft, soft_own = pair("Softmax", -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(ours(x), theirs(x), 0.02)
+        half = x.bfloat16()
+        close(norm_own(half, residual=x), norms(half + x))
+        close(soft_own(half), soft(half), 0.01)
+        close(soft_own(x), soft(x))
+        weights = [m.self_attn(x, x, x)[1] for m in (ours, theirs)]
+        close(*weights, 0.01)
