@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import re
 
 import pytest
 import torch
@@ -325,3 +326,26 @@ def test_dtypes_under_autocast_are_torchs(norm_first):
         close(soft_own(x), soft(x))
         weights = [m.self_attn(x, x, x)[1] for m in (ours, theirs)]
         close(*weights, 0.01)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_loss_takes_what_torch_takes(reduction):
+    theirs, ours = (m.CrossEntropyLoss(reduction=reduction) for m in (torch.nn, fnn))
+    for input, target in (
+        (torch.randn(7), torch.tensor([3])),
+        (torch.randn(3, 7), torch.tensor([1, 2, 6], dtype=torch.uint8)),
+    ):
+        close(ours(input, target), theirs(input, target))
+
+
+@pytest.mark.parametrize("input, target", [
+    (torch.tensor(1.0), torch.tensor(0)), (torch.randn(3, 7), [1, 2, 3]),
+    (torch.randn(3, 7), torch.tensor([1, 2])), (torch.randn(3, 7), torch.tensor([1, 2, 3]).int()),
+    (torch.randn(7), torch.tensor([1, 2])), (torch.randn(3, 7, 2), torch.tensor([1, 2, 3])),
+    (torch.randn(3, 7), torch.ones(3, dtype=torch.bool)),
+], ids=str)  # fmt: skip
+def test_cross_entropy_loss_raises_as_torch_does(input, target):
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
+        torch.nn.CrossEntropyLoss()(input, target)
+    with pytest.raises(raised.type, match=re.escape(str(raised.value))):
+        fnn.CrossEntropyLoss()(input, target)
