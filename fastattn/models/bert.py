@@ -10,7 +10,7 @@ the fused gelu, and attention is fused. Parameters are named as transformers nam
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,12 @@ class BertConfig(Config):
     """transformers' BertConfig."""
 
     model_type: ClassVar[str] = "bert"
+    only: ClassVar[dict[str, Any]] = {
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "is_encoder_decoder": False,
+        "add_cross_attention": False,
+    }
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -45,28 +51,22 @@ class BertConfig(Config):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     classifier_dropout: float | None = None
-    problem_type: str | None = None
-    id2label: dict[int, str] | None = None
-    label2id: dict[str, int] | None = None
-    num_labels: int | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"BertConfig: hidden_size must be a multiple of num_attention_heads, "
+            raise self.error(
+                "hidden_size must be a multiple of num_attention_heads, "
                 f"got {self.hidden_size} and {self.num_attention_heads}"
             )
         if self.hidden_act not in GELU_FORMS:
-            raise ValueError(
-                f"BertConfig: hidden_act must be one of {', '.join(GELU_FORMS)}, got {self.hidden_act!r}"
+            raise self.error(
+                f"hidden_act must be one of {', '.join(GELU_FORMS)}, got {self.hidden_act!r}"
             )
-        for key, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
-            if self.extra.get(key, wanted) != wanted:
-                raise ValueError(f"BertConfig: {key} must be {wanted!r}, got {self.extra[key]!r}")
-        if self.num_labels is None:
-            self.num_labels = len(self.id2label) if self.id2label else 2
 
 
 @dataclass

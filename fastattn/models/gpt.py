@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from ..ops.cross_entropy import cross_entropy
 from .checkpoint import Config, PretrainedModel
 
 GELU_FORMS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
-UNSUPPORTED = {"add_cross_attention": False, "reorder_and_upcast_attn": False}
 
 
 @dataclass
@@ -31,6 +30,17 @@ class GPT2Config(Config):
     """transformers' GPT2Config."""
 
     model_type: ClassVar[str] = "gpt2"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+    only: ClassVar[dict[str, Any]] = {
+        "add_cross_attention": False,
+        "reorder_and_upcast_attn": False,
+        "is_encoder_decoder": False,
+    }
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -46,24 +56,23 @@ class GPT2Config(Config):
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"GPT2Config: n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
+            raise self.error(
+                f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}"
             )
         if self.activation_function not in GELU_FORMS:
-            raise ValueError(
-                f"GPT2Config: activation_function must be one of {', '.join(GELU_FORMS)}, "
+            raise self.error(
+                f"activation_function must be one of {', '.join(GELU_FORMS)}, "
                 f"got {self.activation_function!r}"
             )
-        for key, wanted in UNSUPPORTED.items():
-            if self.extra.get(key, wanted) != wanted:
-                raise ValueError(f"GPT2Config: {key} must be {wanted!r}, got {self.extra[key]!r}")
 
 
 @dataclass

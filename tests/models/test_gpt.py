@@ -165,6 +165,20 @@ def test_wrong_use(pair):
         models.GPT2Config.from_dict({"add_cross_attention": True})
 
 
+def test_config_has_transformers_names():
+    data = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = models.GPT2Config.from_dict({**data, "max_position_embeddings": 32})
+    theirs = transformers.GPT2Config(**data, max_position_embeddings=32)
+    for name in ("n_embd", "n_layer", "n_head", "n_positions", *data):
+        assert getattr(config, name) == getattr(theirs, name), name
+    config.hidden_size = 48
+    assert config.n_embd == 48 and config.to_dict()["n_embd"] == 48
+    with pytest.raises(ValueError, match="n_embd has two names and two values, 24 and 48"):
+        models.GPT2Config.from_dict({"hidden_size": 24, "n_embd": 48})
+    with pytest.raises(AttributeError, match="GPT2Config has no 'hidden_dim'"):
+        _ = config.hidden_dim
+
+
 def test_compiles_fullgraph_and_runs_in_bf16(pair):
     _, ours = pair
     wanted = ours(IDS, labels=IDS)
