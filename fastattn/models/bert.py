@@ -4,7 +4,8 @@
         x = norm(x + dense(attention(q, k, v)));   x = norm(x + dense(gelu(dense(x))))
 
 Every norm takes its residual and dropout in one pass, the first dense of the MLP leaves its bias to
-the fused gelu, and attention is fused. Parameters are named as transformers names them.
+the activation, fused where that is a gelu, and attention is fused unless its weights are asked for.
+Parameters are named as transformers names them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import LayerNorm
-from ..ops.activation import gelu
-from ..ops.attention import attention
+from ..ops.checks import is_tensor
 from ..ops.cross_entropy import cross_entropy
 from .checkpoint import Config, PretrainedModel
-
-GELU_FORMS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+from .layers import (
+    ACTIVATIONS,
+    activate,
+    attend,
+    attention_mask_of,
+    class_labels,
+    embedded,
+    look_up,
+)
+from .output import ModelOutput, exported
 
 
 @dataclass
@@ -63,28 +70,33 @@ class BertConfig(Config):
                 "hidden_size must be a multiple of num_attention_heads, "
                 f"got {self.hidden_size} and {self.num_attention_heads}"
             )
-        if self.hidden_act not in GELU_FORMS:
+        if self.hidden_act not in ACTIVATIONS:
             raise self.error(
-                f"hidden_act must be one of {', '.join(GELU_FORMS)}, got {self.hidden_act!r}"
+                f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}"
             )
 
 
+@exported
 @dataclass
-class BertOutput:
-    """last_hidden_state (B, S, E); pooler_output (B, E); hidden_states: one a layer, and the first."""
+class BertOutput(ModelOutput):
+    """last_hidden_state (B, S, E); pooler_output (B, E); hidden_states: one a layer, and the first;
+    attentions: (B, H, S, S) a layer."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
+@exported
 @dataclass
-class HeadOutput:
+class HeadOutput(ModelOutput):
     """loss: a scalar, when labels were given; logits: the head's."""
 
     loss: Tensor | None
     logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class BertEmbeddings(nn.Module):
@@ -104,18 +116,22 @@ class BertEmbeddings(nn.Module):
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Tensor:
-        words = (
-            self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        )  # (B, S, E)
-        S = words.shape[1]
-        if position_ids is None:
-            positions = self.position_embeddings.weight[:S]  # (S, E)
+        words = embedded("BertModel", self.word_embeddings, input_ids, inputs_embeds)  # (B, S, E)
+        (B, S), P = words.shape[:2], self.position_embeddings.num_embeddings
+        if position_ids is not None:
+            positions = look_up(
+                "BertModel", "position_ids", self.position_embeddings, position_ids, (B, S)
+            )
+        elif S > P:
+            raise ValueError(f"BertModel: {S} tokens are more than max_position_embeddings = {P}")
         else:
-            positions = self.position_embeddings(position_ids)
+            positions = self.position_embeddings.weight[:S]  # (S, E)
         if token_type_ids is None:
             types = self.token_type_embeddings.weight[0]  # (E,)
         else:
-            types = self.token_type_embeddings(token_type_ids)
+            types = look_up(
+                "BertModel", "token_type_ids", self.token_type_embeddings, token_type_ids, (B, S)
+            )
         return self.dropout(self.LayerNorm(words + types, residual=positions.expand_as(words)))
 
 
@@ -126,12 +142,15 @@ class BertSelfAttention(nn.Module):
         self.heads, self.dropout_p = config.num_attention_heads, config.attention_probs_dropout_prob
         self.query, self.key, self.value = nn.Linear(E, E), nn.Linear(E, E), nn.Linear(E, E)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, weights: list[Tensor] | None = None
+    ) -> Tensor:
         q, k, v = (
             dense(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, S, D), a view
             for dense in (self.query, self.key, self.value)
         )
-        out = attention(q, k, v, mask=mask, dropout_p=self.dropout_p if self.training else 0.0)
+        dropout_p = self.dropout_p if self.training else 0.0
+        out = attend(q, k, v, mask, dropout_p=dropout_p, weights=weights)
         return out.transpose(1, 2).flatten(2)  # (B, S, E)
 
 
@@ -155,19 +174,21 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertResidual(config.hidden_size, config)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self.output(self.self(x, mask), residual=x)
+    def forward(
+        self, x: Tensor, mask: Tensor | None, weights: list[Tensor] | None = None
+    ) -> Tensor:
+        return self.output(self.self(x, mask, weights), residual=x)
 
 
 class BertIntermediate(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.approximate = GELU_FORMS[config.hidden_act]
+        self.act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.dense.weight)  # the bias belongs to the fused gelu
-        return gelu(h, bias=self.dense.bias, approximate=self.approximate)
+        h = F.linear(x, self.dense.weight)  # the bias belongs to the activation
+        return activate(self.act, h, self.dense.bias)
 
 
 class BertLayer(nn.Module):
@@ -177,8 +198,10 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertResidual(config.intermediate_size, config)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.attention(x, mask)
+    def forward(
+        self, x: Tensor, mask: Tensor | None, weights: list[Tensor] | None = None
+    ) -> Tensor:
+        x = self.attention(x, mask, weights)
         return self.output(self.intermediate(x), residual=x)
 
 
@@ -229,38 +252,28 @@ class BertModel(BertPretrained):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool = False,
-    ) -> BertOutput:
-        """input_ids (B, S) int, or inputs_embeds (B, S, E). attention_mask: (B, S), 1 for a token and 0
-        for padding, or bool (B, 1 or H, 1 or S, S), True may attend."""
-        mask = attention_mask_of(input_ids, inputs_embeds, attention_mask)
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BertOutput | tuple[Any, ...]:
+        """input_ids (B, S) int, or inputs_embeds (B, S, E). attention_mask: (B, S) or (B, S, S), 1 for a
+        token and 0 for padding, or 4-D (B, 1 or H, 1 or S, S), bool (True may attend) or float (added).
+        output_attentions needs the whole (S, S) weights, and computes them. Switches left None are the
+        config's; return_dict=False gives a tuple of what is not None."""
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, S, E)
+        (B, S), H = x.shape[:2], self.config.num_attention_heads
+        mask = attention_mask_of("BertModel", attention_mask, B, H, S, S)
+        weights: list[Tensor] | None = (
+            [] if self.switch("output_attentions", output_attentions) else None
+        )
         states = [x]
         for layer in self.encoder.layer:
-            x = layer(x, mask)
+            x = layer(x, mask, weights)
             states.append(x)
         pooled = self.pooler(x) if self.pooler is not None else None
-        return BertOutput(x, pooled, tuple(states) if output_hidden_states else None)
-
-
-def attention_mask_of(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
-) -> Tensor | None:
-    """The mask of attention(): None, or bool (B, 1, 1, S) from a padding mask (B, S)."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("BertModel: give either input_ids or inputs_embeds")
-    x = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-    if x is None or x.dim() != 2:
-        raise ValueError(
-            f"BertModel: input_ids must be (B, S), got {tuple(x.shape) if x is not None else None}"
-        )
-    if attention_mask is None or attention_mask.dim() == 4:
-        return attention_mask
-    if attention_mask.shape != x.shape:
-        raise ValueError(
-            f"BertModel: attention_mask must be (B, S) = {tuple(x.shape)}, got {tuple(attention_mask.shape)}"
-        )
-    return attention_mask.bool()[:, None, None, :]
+        kept = tuple(states) if self.switch("output_hidden_states", output_hidden_states) else None
+        attentions = None if weights is None else tuple(weights)
+        return self.returned(BertOutput(x, pooled, kept, attentions), return_dict)
 
 
 # ---- heads ------------------------------------------------------------------------------------
@@ -271,11 +284,11 @@ class BertTransform(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.approximate = GELU_FORMS[config.hidden_act]
+        self.act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.dense.weight)
-        return self.LayerNorm(gelu(h, bias=self.dense.bias, approximate=self.approximate))
+        return self.LayerNorm(activate(self.act, h, self.dense.bias))
 
 
 class BertPredictions(nn.Module):
@@ -291,7 +304,45 @@ class BertPredictions(nn.Module):
         return self.decoder(self.transform(x))
 
 
-class BertForMaskedLM(BertPretrained):
+class BertHead(BertPretrained):
+    """What models with a head share: the encoder's arguments, then logits, then a loss of labels."""
+
+    bert: BertModel
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> HeadOutput | tuple[Any, ...]:
+        """labels: as loss() takes them. The other arguments are BertModel's."""
+        out = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        logits = self.logits(out)
+        loss = None if labels is None else self.loss(logits, labels)
+        return self.returned(
+            HeadOutput(loss, logits, out.hidden_states, out.attentions), return_dict
+        )
+
+    def logits(self, out: BertOutput) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """A class for each token: labels (B, S) int, -100 where it has none; logits (B, S, classes)."""
+        return cross_entropy(
+            logits, class_labels(type(self).__name__, labels, tuple(logits.shape[:2]))
+        )
+
+
+class BertForMaskedLM(BertHead):
     """Predicts tokens at labels that are not -100."""
 
     tied: ClassVar[dict[str, str]] = {
@@ -310,31 +361,11 @@ class BertForMaskedLM(BertPretrained):
         else:  # in transformers' files there is one, which nothing uses
             predictions.bias = nn.Parameter(torch.zeros_like(predictions.decoder.bias))
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-    ) -> HeadOutput:
-        """labels: (B, S) int, -100 where no token is to be predicted. logits: (B, S, V)."""
-        out = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_hidden_states,
-        )
-        logits = self.cls["predictions"](out.last_hidden_state)
-        loss = cross_entropy(logits, labels) if labels is not None else None
-        return HeadOutput(loss, logits, out.hidden_states)
+    def logits(self, out: BertOutput) -> Tensor:
+        return self.cls["predictions"](out.last_hidden_state)  # (B, S, V)
 
 
-class BertForSequenceClassification(BertPretrained):
+class BertForSequenceClassification(BertHead):
     """Labels a text from its pooled first token."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -344,32 +375,28 @@ class BertForSequenceClassification(BertPretrained):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
         self.initialise(config)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-    ) -> HeadOutput:
-        """labels: (B,) classes, (B, num_labels) floats for several at once, or (B,) floats to regress.
-        logits: (B, num_labels)."""
-        out = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_hidden_states,
-        )
-        logits = self.classifier(self.dropout(out.pooler_output))
-        loss = None if labels is None else classification_loss(self.config, logits, labels)
-        return HeadOutput(loss, logits, out.hidden_states)
+    def logits(self, out: BertOutput) -> Tensor:
+        return self.classifier(self.dropout(out.pooler_output))  # (B, num_labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """labels: (B,) or (B, 1) classes, (B, num_labels) floats for several at once, or (B,) or (B, 1)
+        floats to regress: by config.problem_type, or as transformers guesses it."""
+        name, B = type(self).__name__, len(logits)
+        is_tensor(name, labels=labels)
+        kind = self.config.problem_type or guessed_problem(self.config, labels)
+        if kind == "single_label_classification":
+            return cross_entropy(logits, class_labels(name, labels, (B,), (B, 1)).reshape(B))
+        if labels.numel() != logits.numel() or labels.shape[:1] != (B,):
+            raise ValueError(
+                f"{name}: labels of a {kind} problem must be (B, num_labels) = {tuple(logits.shape)}, "
+                f"got {tuple(labels.shape)}"
+            )
+        labels = labels.reshape(logits.shape).to(logits.dtype)
+        loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+        return loss(logits, labels)
 
 
-class BertForTokenClassification(BertPretrained):
+class BertForTokenClassification(BertHead):
     """Labels every token: named entities, parts of speech."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -379,28 +406,8 @@ class BertForTokenClassification(BertPretrained):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
         self.initialise(config)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-    ) -> HeadOutput:
-        """labels: (B, S) classes, -100 where a token has none. logits: (B, S, num_labels)."""
-        out = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_hidden_states,
-        )
-        logits = self.classifier(self.dropout(out.last_hidden_state))
-        loss = cross_entropy(logits, labels) if labels is not None else None
-        return HeadOutput(loss, logits, out.hidden_states)
+    def logits(self, out: BertOutput) -> Tensor:
+        return self.classifier(self.dropout(out.last_hidden_state))  # (B, S, num_labels)
 
 
 def classifier_dropout(config: BertConfig) -> float:
@@ -409,24 +416,10 @@ def classifier_dropout(config: BertConfig) -> float:
     return config.classifier_dropout
 
 
-def classification_loss(config: BertConfig, logits: Tensor, labels: Tensor) -> Tensor:
-    """By config.problem_type; without one, from num_labels and the labels' dtype, as transformers does."""
-    kind = config.problem_type
-    if kind is None:
-        integers = labels.dtype in (torch.int64, torch.int32)
-        kind = "single_label_classification" if integers else "multi_label_classification"
-        kind = "regression" if config.num_labels == 1 else kind
-    if kind not in PROBLEM_TYPES:
-        raise ValueError(
-            f"BertConfig: problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {kind!r}"
-        )
-    if kind == "single_label_classification":
-        return cross_entropy(logits, labels.reshape(-1).long())
-    if labels.numel() != logits.numel():
-        raise ValueError(
-            f"BertForSequenceClassification: labels of a {kind} problem must be (B, num_labels) = "
-            f"{tuple(logits.shape)}, got {tuple(labels.shape)}"
-        )
-    labels = labels.reshape(logits.shape).to(logits.dtype)
-    loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-    return loss(logits, labels)
+def guessed_problem(config: BertConfig, labels: Tensor) -> str:
+    """transformers' guess, from num_labels and the labels' dtype."""
+    if config.num_labels == 1:
+        return "regression"
+    if labels.dtype in (torch.int64, torch.int32):
+        return "single_label_classification"
+    return "multi_label_classification"

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from fastattn import models
+from fastattn.models.layers import ACTIVATIONS
 
 from .conftest import close, same_gradients
 
@@ -137,11 +138,16 @@ def test_wrong_shapes_and_configs(twins, tmp_path):
     ):
         models.BertModel.from_pretrained(tmp_path)
     for key, value, sentence in (
+        ("hidden_act", "xielu", "hidden_act must be one of gelu, .*, tanh, got 'xielu'"),
+        ("num_attention_heads", 0, "num_attention_heads must be at least 1, got 0"),
         (
-            "hidden_act",
-            "relu",
-            "hidden_act must be one of gelu, gelu_new, gelu_pytorch_tanh, got 'relu'",
+            "hidden_dropout_prob",
+            -0.1,
+            "hidden_dropout_prob must be finite and at least 0, got -0.1",
         ),
+        ("problem_type", "guess", "problem_type must be one of regression, .*, got 'guess'"),
+        ("num_labels", 3, "num_labels must be the length of id2label, got 3 and {0: "),
+        ("is_decoder", True, "is_decoder must be False, got True"),
         (
             "num_attention_heads",
             5,
@@ -152,18 +158,88 @@ def test_wrong_shapes_and_configs(twins, tmp_path):
     ):
         with pytest.raises(ValueError, match=sentence):
             models.BertConfig.from_dict({**CONFIG.to_dict(), key: value})
+    for key, value in (("hidden_size", "32"), ("hidden_size", True), ("vocab_size", None)):
+        with pytest.raises(TypeError, match=rf"^BertConfig: {key} must be int, got {value!r}"):
+            models.BertConfig(**{key: value})
 
 
 def test_wrong_inputs():
     model = models.BertModel(models.BertConfig.from_dict(CONFIG.to_dict()))
-    with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
-        model()
-    with pytest.raises(ValueError, match=r"input_ids must be \(B, S\), got \(11,\)"):
-        model(IDS[0])
-    with pytest.raises(
-        ValueError, match=r"attention_mask must be \(B, S\) = \(3, 11\), got \(3, 10\)"
-    ):
-        model(IDS, MASK[:, 1:])
+    E, far = torch.randn(3, 11, 16), torch.ones(3, 41, dtype=torch.int64)
+    for args, options, error, sentence in (
+        ((), {}, ValueError, "give either input_ids or inputs_embeds"),
+        ((IDS[0],), {}, ValueError, r"input_ids must be \(B, S\), got \(11,\)"),
+        ((IDS.tolist(),), {}, TypeError, "input_ids must be a tensor, got list"),
+        ((IDS.float(),), {}, TypeError, "input_ids must be int32 or int64, got float32"),
+        ((IDS + 90,), {}, ValueError, r"input_ids must be in \[0, 99\), got 1"),
+        ((far,), {}, ValueError, "41 tokens are more than max_position_embeddings = 40"),
+        ((None,), {"inputs_embeds": E}, ValueError, r"inputs_embeds must be \(B, S, 32\), got \(3, 11, 16"),
+        ((IDS, MASK[:, 1:]), {}, ValueError, r"attention_mask must be \(B, Sk\) = \(3, 11\), .* got \(3, 10\)"),
+        ((IDS, MASK[:, None, None]), {}, TypeError, "a 4-D attention_mask must be bool .* got int64"),
+        ((IDS, torch.zeros(3, 1, 1, 9)), {}, ValueError, r"must broadcast to .* = \(3, 4, 11, 11\), got \(3, 1, 1, 9"),
+        ((IDS, MASK.float().log()), {}, ValueError, "1 for a token and 0 for padding, got -inf"),
+        ((IDS,), {"token_type_ids": TYPES + 1}, ValueError, r"token_type_ids must be in \[0, 2\), got 2"),
+        ((IDS,), {"token_type_ids": TYPES[:, 1:]}, ValueError, r"token_type_ids must be \(B, S\) = \(3, 11\)"),
+        ((IDS,), {"position_ids": torch.tensor([40] * 11)}, ValueError, r"position_ids must be in \[0, 40\), got 40"),
+        ((IDS,), {"output_attentions": 1}, TypeError, "output_attentions must be True or False, got 1"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"^BertModel: .*{sentence}"):
+            model(*args, **options)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification"])  # fmt: skip
+def test_wrong_labels(name):
+    model = getattr(models, name)(models.BertConfig.from_dict(CONFIG.to_dict()))
+    for labels, error in ((torch.zeros(4).long(), ValueError), ([1, 2, 3], TypeError),
+                          (torch.zeros(3, 11, 2).long(), ValueError)):  # fmt: skip
+        with pytest.raises(error, match=f"^{name}: labels "):
+            model(IDS, labels=labels)
+    if name != "BertForSequenceClassification":
+        with pytest.raises(TypeError, match=f"^{name}: labels must be int32 or int64, got float32"):
+            model(IDS, labels=IDS.float())
+        assert model(IDS, labels=(IDS % 2).int()).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
+def test_attentions(twins, name):
+    theirs, ours = twins(name, getattr(models, name), CONFIG)
+    options = {"output_attentions": True, "output_hidden_states": True}
+    a, b = ours(**INPUTS, **options), theirs(**INPUTS, **options)
+    assert list(a.keys()) == [name for name in b.keys() if name != "cross_attentions"]  # noqa: SIM118
+    for x, y in zip(a.attentions, b.attentions, strict=True):
+        close(x, y)
+    close(a[0], ours(**INPUTS)[0])
+    a[0].square().sum().backward()
+    b[0].square().sum().backward()
+    same_gradients(theirs, ours)
+
+
+def test_masks_of_three_and_four_dimensions(twins):
+    theirs, ours = twins("BertModel", models.BertModel, CONFIG)
+    see = torch.rand(3, 11, 11, generator=torch.Generator().manual_seed(2)) > 0.3
+    see |= torch.eye(11, dtype=torch.bool)
+    added = torch.where(see, 0.0, torch.finfo(torch.float32).min)[:, None]
+    wanted = theirs(IDS, attention_mask=added).last_hidden_state
+    for mask in (see, see.long(), see.float(), see[:, None], added, added.expand(-1, 4, -1, -1)):
+        close(ours(IDS, attention_mask=mask).last_hidden_state, wanted)
+    close(ours(IDS, attention_mask=MASK.float())[0], theirs(IDS, attention_mask=MASK)[0])
+    slopes = torch.randn(1, 4, 1, 11)  # whatever is added, a head
+    close(ours(IDS, attention_mask=slopes)[0], theirs(IDS, attention_mask=slopes)[0])
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations(twins, act):
+    theirs, ours = twins("BertForMaskedLM", models.BertForMaskedLM, CONFIG, hidden_act=act)
+    close(ours(**INPUTS).logits, theirs(**INPUTS).logits)
+
+
+def test_dtypes_under_autocast(twins):
+    theirs, ours = twins("BertModel", models.BertModel, CONFIG)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(**INPUTS), theirs(**INPUTS)
+    assert a.last_hidden_state.dtype is b.last_hidden_state.dtype is torch.float32
+    assert a.pooler_output.dtype is b.pooler_output.dtype
+    close(a.last_hidden_state, b.last_hidden_state, 0.03)
 
 
 def test_dropout_acts_in_training_only():
