@@ -65,3 +65,4 @@ def test_a_wrong_instruction_set_is_one_sentence():
         [sys.executable, "-c", code], env=wrong, capture_output=True, text=True, check=True
     )
     assert "FASTATTN_ISA=sse9 is not an instruction set that was built and runs" in done.stdout
+    assert done.stdout.strip().endswith("; unset it")

@@ -18,9 +18,8 @@ def load() -> str | None:
     try:
         import fastattn._C  # noqa: F401
     except ImportError as error:
-        return (
-            f"the extension fastattn._C could not be loaded ({error}); install with: pip install ."
-        )
+        advice = "unset it" if "FASTATTN_ISA" in str(error) else "install with: pip install ."
+        return f"the extension fastattn._C could not be loaded ({error}); {advice}"
     return None
 
 
