@@ -5,7 +5,8 @@
 # make clean    forget everything that was built
 #
 # TORCH chooses the torch to install, e.g. TORCH="torch --index-url ..." for a CUDA or ROCm build;
-# pip's own settings and environment are honoured. Nothing is downloaded or built twice.
+# pip's own settings and environment are honoured. Nothing is downloaded twice, and compiled objects
+# stay in build/, so that a C++ file is compiled again only when it or a header has changed.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

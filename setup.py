@@ -26,10 +26,11 @@ SANITIZE = SANITIZE if os.environ.get("FASTATTN_SANITIZE") == "1" else []
 
 
 def require_compiler() -> None:
-    command = shlex.split(os.environ.get("CXX", "")) or ["c++", "g++", "clang++"]
-    if not any(shutil.which(name) for name in command):
+    named = shlex.split(os.environ.get("CXX", ""))[:1]  # what follows is its arguments
+    compilers = named or ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in compilers):
         raise SystemExit(
-            f"fastattn: no C++ compiler found (looked for {', '.join(command)}). Install one "
+            f"fastattn: no C++ compiler found (looked for {', '.join(compilers)}). Install one "
             "(Debian: apt install g++; macOS: xcode-select --install) or name it in CXX."
         )
 
@@ -40,7 +41,8 @@ def extension() -> Extension:
     return CppExtension(
         "fastattn._C",
         SOURCES,
-        depends=[str(p) for p in (ROOT / "csrc").rglob("*.h")],
+        # relative, or they would be left out of a source distribution
+        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")),
         extra_compile_args=[
             "-O3",
             "-std=c++20",
@@ -67,8 +69,9 @@ def commands() -> dict:
     class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
         def finalize_options(self) -> None:
             super().finalize_options()
-            if SANITIZE:
-                self.build_temp += "-sanitize"  # objects of the two builds do not mix
+            # An editable install would compile in a folder that it throws away. Here objects stay, and
+            # ninja compiles again only what has changed; those of the two builds do not mix.
+            self.build_temp = "build/objects-sanitize" if SANITIZE else "build/objects"
 
         def run(self) -> None:
             require_compiler()

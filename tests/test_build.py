@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,21 +21,71 @@ FLAGS = [
 ]
 
 
-def test_a_missing_compiler_is_one_sentence():
-    nowhere = {**os.environ, "PATH": "/nowhere", "CXX": ""}
+def setup_says(**environment):
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext"],
         cwd=ROOT,
-        env=nowhere,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_a_missing_compiler_is_one_sentence():
+    assert setup_says(PATH="/nowhere", CXX="").startswith(
         "fastattn: no C++ compiler found (looked for c++, g++, clang++). Install one"
     )
-    assert "Traceback" not in done.stderr
+
+
+def test_the_compiler_is_the_first_word_of_cxx():
+    said = setup_says(CXX="nope -m64 g++")
+    assert said.startswith("fastattn: no C++ compiler found (looked for nope)")
+
+
+def test_a_source_distribution_has_all_that_is_compiled(tmp_path):
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "fastattn"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(
+                source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+            )
+        else:
+            shutil.copy(source, copy)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path],
+        cwd=copy,
+        check=True,
+        capture_output=True,
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    wanted = {
+        str(p.relative_to(ROOT)) for d in ("ops", "cpu", "common") for p in ROOT.glob(f"csrc/{d}/*")
+    }
+    assert wanted <= names
+
+
+def test_objects_are_kept_where_an_editable_install_finds_them():
+    code = (
+        "import setuptools; setuptools.setup = dict; exec(open('setup.py').read());"
+        "command = commands()['build_ext'](setuptools.Distribution());"
+        "command.build_temp = '/tmp/thrown-away';"
+        "command.finalize_options(); print(command.build_temp)"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code.replace("exec(", "__file__ = 'setup.py'; exec(")],
+            cwd=ROOT, env={**os.environ, "FASTATTN_SANITIZE": sanitize},
+            capture_output=True, text=True, check=True,
+        ).stdout.split()[-1]
+        for sanitize in ("0", "1")
+    ]  # fmt: skip
+    assert said == ["build/objects", "build/objects-sanitize"]
 
 
 def test_kernels_include_no_torch_header():
