@@ -28,13 +28,15 @@ class Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: int) -> None:
         acc = torch.promote_types(weight.dtype, torch.float32)
-        nothing = hidden.new_empty(0)
         self.inputs = hidden, weight, bias
-        self.hidden = torch.empty_like(hidden) if needs & 1 else nothing
-        self.weight = weight.new_zeros(weight.shape, dtype=acc) if needs & 2 else nothing
-        self.bias = (
-            bias.new_zeros(bias.shape, dtype=acc) if needs & 4 and bias is not None else nothing
-        )
+        # an operator's results share no memory, so that each nothing is one of its own
+        self.hidden, self.weight, self.bias = (hidden.new_empty(0) for _ in range(3))
+        if needs & 1:
+            self.hidden = torch.empty_like(hidden)
+        if needs & 2:
+            self.weight = weight.new_zeros(weight.shape, dtype=acc)
+        if needs & 4 and bias is not None:
+            self.bias = bias.new_zeros(bias.shape, dtype=acc)
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         hidden, weight, _ = self.inputs
@@ -87,8 +89,8 @@ def backward(
     *scalars: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *spec, ahead, needs = scalars
-    if ahead:  # of the sum of the losses: every row has the same dloss
-        scale = dloss[:1]
+    if ahead:  # of the sum of the losses: every row has the same dloss, and no rows have 0
+        scale = dloss[:1].sum()
         return tuple((g * scale).to(g.dtype) for g in (ahead_hidden, ahead_weight, ahead_bias))  # type: ignore[return-value]
     ops = torch.ops.fastattn_cpu
     gradients = Gradients(hidden, weight, bias, needs)

@@ -80,6 +80,21 @@ def test_linear_cross_entropy(reduction, bias, chunk, monkeypatch):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_of_no_rows(reduction, backend):
+    inputs = [x.clone().requires_grad_() for x in (HIDDEN[:0], WEIGHT, BIAS)]
+    hidden, weight, bias = inputs
+    loss = fa.linear_cross_entropy(
+        hidden, weight, TARGET[:0], bias=bias, reduction=reduction, backend=backend
+    )
+    wanted = F.cross_entropy(F.linear(hidden, weight, bias), TARGET[:0], reduction=reduction)
+    torch.testing.assert_close(loss, wanted, equal_nan=True)
+    found, expected = (torch.autograd.grad(x.sum(), inputs) for x in (loss, wanted))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_cross_entropy_in_16_bits(dtype):
     hidden, weight = (x.to(dtype).requires_grad_() for x in (HIDDEN, WEIGHT))
