@@ -56,23 +56,20 @@ def attention(
         )  # fmt: skip
     parts = []
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    if len(starts_q) == 1:  # no sequences: like one of no tokens
+        starts_q, starts_k = [0, 0], [0, 0]
     for b in range(len(starts_q) - 1):
         q = query[starts_q[b] : starts_q[b + 1]].transpose(0, 1)[None]
         k = key[starts_k[b] : starts_k[b + 1]].transpose(0, 1)[None]
         v = value[starts_k[b] : starts_k[b + 1]].transpose(0, 1)[None]
-        slopes = (
-            alibi_slopes[b]
-            if alibi_slopes is not None and alibi_slopes.dim() == 2
-            else alibi_slopes
-        )
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b : b + 1].sum(0)  # (Hq,), its row b, or zeros where there is none
         first = torch.full((), b, device=query.device)
         out, lse, low = dense(
             q, k, v, None, None, slopes, sinks, None, philox, first, *spec, accumulate=accumulate
         )
         parts.append((out[0].transpose(0, 1), lse[0], low[0]))
-    if not parts:
-        lse = query[..., 0].t().float()
-        return query[..., :0].expand(*query.shape[:-1], value.shape[-1]), lse, lse.clone()
     outs, lses, lows = zip(*parts, strict=True)
     return torch.cat(outs), torch.cat(lses, -1), torch.cat(lows, -1)
 

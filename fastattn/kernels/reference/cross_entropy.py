@@ -21,8 +21,9 @@ def cross_entropy(
     kept = target != ignore_index
     x = logits.to(acc)
     lse = torch.logsumexp(x, -1)
-    chosen = x.gather(-1, torch.where(kept, target, 0)[:, None])[:, 0]
-    loss = lse - chosen
+    loss = lse
+    if x.shape[-1]:
+        loss = lse - x.gather(-1, torch.where(kept, target, 0)[:, None])[:, 0]
     if label_smoothing:
         loss = (1 - label_smoothing) * loss + label_smoothing * (lse - x.mean(-1))
     if z_loss:

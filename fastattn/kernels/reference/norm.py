@@ -29,7 +29,7 @@ def norm(
     acc = accumulate or torch.promote_types(x.dtype, torch.float32)
     z = x.to(acc)
     if dropout_p and philox is not None:
-        rows = torch.arange(x[..., 0].numel(), device=x.device).reshape(x.shape[:-1])
+        rows = torch.arange(x.shape[:-1].numel(), device=x.device).reshape(x.shape[:-1])
         kept = keep_mask(rows, torch.zeros_like(rows), x.shape[-1], philox, dropout_p)
         z = torch.where(kept, z * keep_scale(dropout_p), 0.0)
     if residual is not None:

@@ -13,6 +13,8 @@ def softmax(
     accumulate: torch.dtype | None = None,
 ) -> Tensor:
     """y of x's shape and dtype. mask: bool, True keeps; causal: bottom-right over the last two."""
+    if x.shape[-1] == 0:
+        return x.clone()  # no entry, no maximum
     acc = accumulate or torch.promote_types(x.dtype, torch.float32)
     keep = torch.ones((), dtype=torch.bool, device=x.device) if mask is None else mask
     if causal:
