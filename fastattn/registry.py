@@ -14,7 +14,12 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Where a tensor lies decides who is asked, in this order. A GPU's order is to be measured.
-ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# A meta tensor holds no data: any registered operator tells the results' shapes.
+ORDER = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+    "meta": ("cpu", "triton", "reference"),
+}
 DEFAULT_ORDER = ("triton", "reference")
 
 ALL_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -32,8 +37,9 @@ class Kernel(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What of a call decides who serves it."""
+    """What of a call decides who serves it; `name` is the function that the user called."""
 
+    name: str
     operator: str
     device: str
     dtype: torch.dtype
@@ -64,17 +70,27 @@ def mark_unusable(backend: str, reason: str) -> None:
 
 def choose(call: Call, backend: str | None = None) -> Kernel:
     """The kernel that serves this call. Raises ValueError with everyone's reason if none does."""
-    wanted = backend or _forced
-    if wanted is not None:
-        check_name(wanted)
-    for name in (wanted,) if wanted else ORDER.get(call.device, DEFAULT_ORDER):
-        found = _kernels.get((call.operator, name))
-        if found is not None and reason_against(name, call) is None:
-            return found
-    names = (wanted,) if wanted else ORDER.get(call.device, DEFAULT_ORDER)
+    names = asked(call, backend)
+    for name in names:
+        if reason_against(name, call) is None:
+            return _kernels[call.operator, name]
     reasons = "; ".join(f"{name}: {reason_against(name, call)}" for name in names)
-    asked = f"backend {wanted!r}" if wanted else "no backend"
-    raise ValueError(f"{call.operator}: {asked} cannot take this call on {call.device}. {reasons}")
+    who = "no backend" if wanted(backend) is None else f"backend {names[0]!r}"
+    raise ValueError(f"{call.name}: {who} cannot take this call on {call.device}. {reasons}")
+
+
+def wanted(backend: str | None) -> str | None:
+    """The backend that a call must run on: its own `backend=`, else use_backend's."""
+    return _forced if backend is None else backend
+
+
+def asked(call: Call, backend: str | None) -> tuple[str, ...]:
+    """Who is asked to serve a call, in this order."""
+    only = wanted(backend)
+    if only is None:
+        return ORDER.get(call.device, DEFAULT_ORDER)
+    check_name(call.name, only)
+    return (only,)
 
 
 def reason_against(name: str, call: Call) -> str | None:
@@ -91,10 +107,10 @@ def reason_against(name: str, call: Call) -> str | None:
     return found.declines(*call.arguments)
 
 
-def verdicts(call: Call) -> dict[str, str | None]:
-    """Every backend, in the order in which this device asks them -> None or its reason."""
-    order = ORDER.get(call.device, DEFAULT_ORDER)
-    return {name: reason_against(name, call) for name in order}
+def verdicts(call: Call, backend: str | None = None) -> dict[str, str | None]:
+    """Who is asked, then everyone else who serves this device -> None or its reason."""
+    names = asked(call, backend) + ORDER.get(call.device, DEFAULT_ORDER)
+    return {name: reason_against(name, call) for name in names}
 
 
 def usable() -> dict[str, str | None]:
@@ -110,9 +126,9 @@ def operators(backend: str) -> list[str]:
     return sorted(operator for operator, name in _kernels if name == backend)
 
 
-def check_name(name: str) -> None:
+def check_name(asker: str, name: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{asker}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 @contextlib.contextmanager
@@ -123,7 +139,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     global _forced
     if name is not None:
-        check_name(name)
+        check_name("use_backend", name)
     previous, _forced = _forced, name
     try:
         yield

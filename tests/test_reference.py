@@ -55,6 +55,26 @@ def test_scaled_dot_product_attention_is_torchs(Sq, Sk, lead):
         fa.scaled_dot_product_attention(q, k, v, torch.ones(Sq, Sk), is_causal=True)
 
 
+@pytest.mark.parametrize("shapes, options", [
+    ([(5, 8), (7, 8), (7, 6)], {}),
+    ([(5, 8), (7, 8), (7, 6)], {"is_causal": True}),
+    ([(9, 8), (7, 8), (7, 6)], {"is_causal": True}),
+    ([(5, 8), (7, 8), (7, 6)], {"attn_mask": torch.rand(5, 7) > 0.3}),
+    ([(4, 5, 8), (2, 7, 8), (2, 7, 6)], {"enable_gqa": True}),
+    ([(4, 5, 8), (2, 7, 8), (2, 7, 6)], {"enable_gqa": True, "attn_mask": torch.randn(4, 1, 7)}),
+    ([(3, 4, 5, 8), (1, 2, 7, 8), (1, 2, 7, 6)], {"enable_gqa": True}),
+    ([(3, 4, 5, 8), (3, 2, 7, 8), (3, 1, 7, 6)], {"enable_gqa": True}),
+    ([(2, 3, 4, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 6)], {"enable_gqa": True, "is_causal": True}),
+    ([(2, 3, 4, 5, 8), (1, 4, 7, 8), (3, 4, 7, 6)], {"attn_mask": torch.randn(3, 1, 5, 7)}),
+    ([(2, 0, 5, 8), (2, 0, 7, 8), (2, 0, 7, 6)], {}),
+], ids=str)  # fmt: skip
+def test_scaled_dot_product_attention_takes_torchs_shapes(shapes, options):
+    q, k, v = (torch.randn(shape) for shape in shapes)
+    mine = fa.scaled_dot_product_attention(q, k, v, **options)
+    wanted = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(mine, wanted, atol=2e-6, rtol=2e-6)
+
+
 def explicit_weights(causal, window, slopes, softcap, sinks):
     """The weights of one query at a time, from the words of the documentation."""
     out = torch.zeros(2, 4, 5, 8, dtype=torch.float64)

@@ -43,15 +43,16 @@ def verify(
     try:
         dtypes = [known_dtype(name) for name in dtype or NAMED]
         for name in backend or ():
-            registry.check_name(name)
+            registry.check_name("verify", name)
         if text is not None and not Path(text).is_file():
             raise ValueError(f"there is no file {text}")
         report = with_progress(quick, backend or [], operator or [], dtypes, text)
     except ValueError as error:
-        typer.echo(f"fastattn verify: {error}", err=True)
+        sentence = str(error).removeprefix("verify: ")
+        typer.echo(f"fastattn verify: {sentence}", err=True)
         raise typer.Exit(2) from None
     if as_json:
-        print(json.dumps(report.as_json(), indent=2))
+        print(json.dumps(report.as_json(), indent=2, allow_nan=False))
     else:
         show(report, dtypes)
     console = Console(stderr=as_json, soft_wrap=True, highlight=False)

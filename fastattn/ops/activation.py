@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import registry
 from ..kernels import reference
 from . import checks, dispatch
 from .operator import Operator
@@ -26,11 +25,8 @@ GLU = Operator(
     fake=lambda gate, up, gelu, tanh: gate.new_empty(gate.shape),
 )
 FORMS = ("none", "tanh")
-for _operator, _define in (("gelu", reference.gelu), ("glu", reference.glu)):
-    _features = frozenset({"bias"})
-    registry.register(
-        _operator, "reference", registry.Kernel(_define, _features, registry.ALL_FLOATS)
-    )
+dispatch.register_definition(GELU, {"bias"})
+dispatch.register_definition(GLU)
 
 
 def gelu(
@@ -41,14 +37,18 @@ def gelu(
     approximate: "none" is x * Phi(x); "tanh" is its tanh form, as in torch.nn.functional.gelu.
     """
     checks.is_tensor("gelu", x=x)
+    if bias is not None:
+        checks.is_tensor("gelu", bias=bias)
     checks.is_float("gelu", x=x, bias=bias)
     checks.same_device("gelu", x=x, bias=bias)
     checks.one_of("gelu", "approximate", approximate, FORMS)
     if bias is not None:
         checks.has_shape("gelu", "bias", bias, x.shape[-1:], layout="(C,)")
-    call = dispatch.request(
-        "gelu", x, ["bias"] if bias is not None else [], (x, bias, approximate == "tanh")
-    )
+    if x.dim() == 0:
+        flat = None if bias is None else bias.reshape(1)
+        return gelu(x.reshape(1), bias=flat, approximate=approximate, backend=backend).reshape(())
+    features = [] if bias is None else ["bias"]
+    call = dispatch.request("gelu", x, features, (x, bias, approximate == "tanh"))
     return dispatch.run(call, backend)
 
 
@@ -73,4 +73,8 @@ def gated(
     checks.same_dtype(name, gate=gate, up=up)
     checks.same_device(name, gate=gate, up=up)
     checks.has_shape(name, "up", up, gate.shape, layout="gate's shape")
-    return dispatch.run(dispatch.request("glu", gate, [], (gate, up, gelu, tanh)), backend)
+    if gate.dim() == 0:
+        rows = gate.reshape(1), up.reshape(1)
+        return gated(name, *rows, gelu=gelu, tanh=tanh, backend=backend).reshape(())
+    call = dispatch.request("glu", gate, [], (gate, up, gelu, tanh), name)
+    return dispatch.run(call, backend)

@@ -58,25 +58,26 @@ class AttentionTensors(NamedTuple):
     philox: Tensor | None = None
 
 
-FEATURES = frozenset({
-    "bias", "mask", "alibi_slopes", "sinks", "packed", "key_lengths", "paged", "causal", "window",
-    "softcap", "dropout", "diagonal_at_length",
-})  # fmt: skip
+# what each optional tensor is a feature of, in the schema's order; philox comes with dropout_p
+TENSOR_FEATURES = (
+    "bias", "mask", "alibi_slopes", "sinks", "packed", "packed", "key_lengths", "paged", "dropout",
+)  # fmt: skip
+FEATURES = frozenset({*TENSOR_FEATURES, "causal", "window", "softcap", "diagonal_at_length"})
 
 
-def features_of(tensors: AttentionTensors, spec: AttentionSpec) -> set[str]:
-    used = {
-        "packed": tensors.cu_seqlens_q is not None,
-        "paged": tensors.page_table is not None,
-        "causal": spec.causal,
-        "window": spec.window_left is not None or spec.window_right is not None,
-        "softcap": spec.softcap > 0,
-        "dropout": spec.dropout_p > 0,
-        "diagonal_at_length": spec.diagonal_at_length,
-    }
-    optional = ("bias", "mask", "alibi_slopes", "sinks", "key_lengths")
-    used |= {name: getattr(tensors, name) is not None for name in optional}
-    return {name for name, present in used.items() if present}
+def features_of(tensors: AttentionTensors, spec: AttentionSpec) -> list[str]:
+    used = [f for f, x in zip(TENSOR_FEATURES, tensors[3:], strict=True) if x is not None]
+    if spec.causal:
+        used.append("causal")
+    if spec.window_left is not None or spec.window_right is not None:
+        used.append("window")
+    if spec.softcap > 0:
+        used.append("softcap")
+    if spec.dropout_p > 0:
+        used.append("dropout")
+    if spec.diagonal_at_length:
+        used.append("diagonal_at_length")
+    return used
 
 
 def fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,21 +110,44 @@ OPERATOR = Operator(
 )
 
 
-def definition(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference, after the checks of data that kernels make themselves."""
+def check_data(*arguments: Any) -> None:
     tensors = AttentionTensors(*arguments[: len(AttentionTensors._fields)])
-    if not torch.compiler.is_compiling():
-        if tensors.cu_seqlens_q is not None and tensors.cu_seqlens_k is not None:
-            checks.ascending("cu_seqlens_q", tensors.cu_seqlens_q, tensors.query.shape[0])
-            checks.ascending("cu_seqlens_k", tensors.cu_seqlens_k, tensors.key.shape[0])
-        elif tensors.key_lengths is not None and tensors.page_table is None:
-            checks.lengths_fit(tensors.key_lengths, tensors.key.shape[2])
-    return reference.attention(*arguments)
+    if tensors.cu_seqlens_q is not None and tensors.cu_seqlens_k is not None:
+        checks.ascending("cu_seqlens_q", tensors.cu_seqlens_q, tensors.query.shape[0])
+        checks.ascending("cu_seqlens_k", tensors.cu_seqlens_k, tensors.key.shape[0])
+    elif tensors.key_lengths is not None and tensors.page_table is None:
+        checks.lengths_fit(tensors.key_lengths, tensors.key.shape[2])
 
 
-registry.register(
-    "attention", "reference", registry.Kernel(definition, FEATURES, registry.ALL_FLOATS)
-)
+def definition_declines(*arguments: Any) -> str | None:
+    cu_seqlens = AttentionTensors(*arguments[: len(AttentionTensors._fields)]).cu_seqlens_q
+    if cu_seqlens is not None and checks.holds_no_data(cu_seqlens):
+        return "reference reads cu_seqlens, and these tensors hold no data"
+    return None
+
+
+dispatch.register_definition(OPERATOR, FEATURES, check=check_data, declines=definition_declines)
+
+
+class Options(NamedTuple):
+    """What may be asked of a call, as attention() and attention_varlen() take it."""
+
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    key_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    scale: float | None = None
+    return_lse: bool = False
+    generator: torch.Generator | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
 
 
 def attention(
@@ -162,13 +186,11 @@ def attention(
     Flash attention: Dao et al. 2022, arXiv:2205.14135. For torch's own meaning of is_causal and
     attn_mask see scaled_dot_product_attention.
     """
-    tensors, spec = prepare(
-        query, key, value, causal=causal, window=window, mask=mask, bias=bias, key_lengths=key_lengths,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, scale=scale,
-        generator=generator,
+    options = Options(
+        causal, window, mask, bias, key_lengths, alibi_slopes, softcap, sinks, dropout_p, scale,
+        return_lse, generator,
     )  # fmt: skip
-    out, lse, _ = run(tensors, spec, backend)
-    return (out, lse) if return_lse else out
+    return call("attention", query, key, value, options, backend)
 
 
 def attention_varlen(
@@ -199,154 +221,172 @@ def attention_varlen(
     query: (total_q, Hq, D), key: (total_k, Hkv, D), value: (total_k, Hkv, Dv). Sequence b is rows
     cu_seqlens[b] to cu_seqlens[b + 1]; cu_seqlens_q and cu_seqlens_k: (B + 1,) int, from 0 to the
     total; a sequence may be empty. Options as in attention, a sequence at a time; mask, bias and
-    key_lengths are declined. max_seqlen_* are accepted for GPUs, and derived when None.
+    key_lengths are declined. max_seqlen_*: at least the longest sequence's length, from which a GPU
+    plans its work; None: unknown, and planned without.
     Returns out (total_q, Hq, Dv), or (out, lse) with lse (Hq, total_q).
     """
-    for name, given in (("mask", mask), ("bias", bias), ("key_lengths", key_lengths)):
-        if given is not None:
-            raise ValueError(
-                f"attention: {name} is not defined for packed sequences; cut or pad them, or use attention"
-            )
-    tensors, spec = prepare(
-        query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, packed=True, causal=causal, window=window,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, scale=scale,
-        generator=generator,
+    name = "attention_varlen"
+    checks.is_tensor(name, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    options = Options(
+        causal, window, mask, bias, key_lengths, alibi_slopes, softcap, sinks, dropout_p, scale,
+        return_lse, generator, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
-    out, lse, _ = run(tensors, spec, backend)
-    return (out, lse) if return_lse else out
+    return call(name, query, key, value, options, backend)
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> str:
-    """Which backend serves attention(query, key, value, **options), and why the others do not."""
-    options.pop("return_lse", None)
+    """Which backend serves attention(query, key, value, **options), and why the others do not.
+
+    With cu_seqlens_q and cu_seqlens_k it speaks of attention_varlen. Draws no random numbers.
+    """
     backend = options.pop("backend", None)
-    tensors, spec = prepare(query, key, value, **options)
-    call = requested(tensors, spec)
-    lines, chosen = [], backend
-    for name, reason in registry.verdicts(call).items():
-        if reason is None and chosen in (None, name):
-            chosen = name
-            lines.append(f"{name}: serves this call")
-        else:
-            lines.append(f"{name}: {reason or 'could serve it too'}")
-    used = ", ".join(sorted(call.features)) or "no features"
-    head = f"attention on {call.device} in {checks.dtype_name(call.dtype)} with {used}"
-    return "\n".join([head, *(f"  {line}" for line in lines)])
+    for name in options:
+        if name not in Options._fields:
+            raise TypeError(f"explain() got an unexpected keyword argument {name!r}")
+    tensors, spec = prepare("explain", query, key, value, Options(**options))
+    asked = request("explain", tensors, spec)
+    lines: list[str] = []
+    found = registry.verdicts(asked, backend)
+    only = registry.wanted(backend)
+    serving = next((n for n, reason in found.items() if reason is None and only in (None, n)), None)
+    for name, reason in found.items():
+        other = "could serve it too" if serving else f"could serve it, but {only!r} is asked for"
+        lines.append(f"  {name}: {'serves this call' if name == serving else reason or other}")
+    if serving is None:
+        lines.append("  nobody serves this call: it raises ValueError")
+    used = ", ".join(sorted(asked.features)) or "no features"
+    head = f"attention on {asked.device} in {checks.dtype_name(asked.dtype)} with {used}"
+    return "\n".join([head, *lines])
 
 
-def requested(tensors: AttentionTensors, spec: AttentionSpec) -> registry.Call:
-    return dispatch.request(
-        "attention", tensors.query, features_of(tensors, spec), (*tensors, *spec)
-    )
+def call(
+    name: str, query: Tensor, key: Tensor, value: Tensor, options: Options, backend: str | None
+) -> Any:
+    """attention() as the function `name`, whose arguments these are."""
+    tensors, spec = prepare(name, query, key, value, options)
+    out, lse, _ = run(name, tensors, spec, options.generator, backend)
+    return (out, lse) if options.return_lse else out
 
 
-def run(tensors: AttentionTensors, spec: AttentionSpec, backend: str | None) -> Any:
-    return dispatch.run(requested(tensors, spec), backend)
+def run(
+    name: str,
+    tensors: AttentionTensors,
+    spec: AttentionSpec,
+    generator: torch.Generator | None,
+    backend: str | None,
+) -> Any:
+    """out, lse and what rounding lse left."""
+    if spec.dropout_p > 0:
+        tensors = tensors._replace(philox=dispatch.draw_philox(tensors.query, generator))
+    return dispatch.run(request(name, tensors, spec), backend)
+
+
+def request(name: str, tensors: AttentionTensors, spec: AttentionSpec) -> registry.Call:
+    used = features_of(tensors, spec)
+    return dispatch.request("attention", tensors.query, used, (*tensors, *spec), name)
 
 
 def prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    packed: bool = False,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    generator: torch.Generator | None = None,
+    name: str, query: Tensor, key: Tensor, value: Tensor, options: Options
 ) -> tuple[AttentionTensors, AttentionSpec]:
-    """Checks a call and puts it into the schema's form."""
-    checks.is_tensor("attention", query=query, key=key, value=value)
+    """Checks a call of the function `name` and puts it into the schema's form."""
+    checks.is_tensor(name, query=query, key=key, value=value)
     query, key, value = dispatch.autocast(query, key, value)
-    checks.is_float("attention", query=query, key=key, value=value)
-    checks.same_dtype("attention", query=query, key=key, value=value)
-    if packed:
-        checks.packed_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)
-        B, Hq = len(cu_seqlens_q) - 1, query.shape[1]  # type: ignore[arg-type]
+    checks.is_float(name, query=query, key=key, value=value)
+    checks.same_dtype(name, query=query, key=key, value=value)
+    o = options
+    mask, bias = o.mask, o.bias
+    if o.cu_seqlens_q is None and o.cu_seqlens_k is None:
+        checks.dense_attention(name, query, key, value)
+        B, Hq, Sq, _ = query.shape
+        mask, bias = (four_dims(x) for x in check_dense(name, (B, Hq, Sq, key.shape[2]), o))
     else:
-        checks.dense_attention(query, key, value)
-        B, Hq = query.shape[:2]
-        mask, bias, key_lengths = prepare_dense(query, key, mask, bias, key_lengths)
+        checks.packed_attention(name, query, key, value)
+        checks.is_cu_seqlens(name, o.cu_seqlens_q, o.cu_seqlens_k)
+        checks.not_packed(name, mask=mask, bias=bias, key_lengths=o.key_lengths)
+        B, Hq = len(o.cu_seqlens_q) - 1, query.shape[1]  # type: ignore[arg-type]
+    check_heads(name, B, Hq, o)
     checks.same_device(
-        "attention", query=query, key=key, value=value, mask=mask, bias=bias, key_lengths=key_lengths,
-        alibi_slopes=alibi_slopes, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        name, query=query, key=key, value=value, mask=mask, bias=bias, key_lengths=o.key_lengths,
+        alibi_slopes=o.alibi_slopes, sinks=o.sinks, cu_seqlens_q=o.cu_seqlens_q,
+        cu_seqlens_k=o.cu_seqlens_k,
     )  # fmt: skip
-    checks.is_window(window)
-    checks.in_range("attention", "dropout_p", dropout_p, 0, 1)
-    checks.in_range("attention", "softcap", softcap or 0.0, 0)
-    if scale is not None:
-        checks.is_finite("attention", "scale", scale)
-    if alibi_slopes is not None:
-        checks.is_tensor("attention", alibi_slopes=alibi_slopes)
-        checks.is_float("attention", alibi_slopes=alibi_slopes)
-        checks.has_shape(
-            "attention", "alibi_slopes", alibi_slopes, (Hq,), (B, Hq), layout="(Hq,) or (B, Hq)"
-        )
-    if sinks is not None:
-        checks.is_tensor("attention", sinks=sinks)
-        checks.is_float("attention", sinks=sinks)
-        checks.has_shape("attention", "sinks", sinks, (Hq,), layout="(Hq,)")
-    left, right = window or (None, None)
-    spec = AttentionSpec(
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        causal=bool(causal),
-        window_left=left,
-        window_right=right,
-        softcap=float(softcap or 0.0),
-        dropout_p=float(dropout_p),
-        max_seqlen_q=max_seqlen_q or 0,
-        max_seqlen_k=max_seqlen_k or 0,
-    )
+    checks.is_generator(name, o.generator, query)
     tensors = AttentionTensors(
-        query=last_contiguous(query),
-        key=last_contiguous(key),
-        value=last_contiguous(value),
-        bias=bias,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        cu_seqlens_q=None if cu_seqlens_q is None else cu_seqlens_q.int(),
-        cu_seqlens_k=None if cu_seqlens_k is None else cu_seqlens_k.int(),
-        key_lengths=None if key_lengths is None else key_lengths.int(),
-        philox=dispatch.draw_philox(query, generator) if dropout_p > 0 else None,
-    )
-    return tensors, spec
+        last_contiguous(query), last_contiguous(key), last_contiguous(value), bias, mask, o.alibi_slopes,
+        o.sinks, int32(o.cu_seqlens_q), int32(o.cu_seqlens_k), int32(o.key_lengths),
+    )  # fmt: skip
+    return tensors, scalars(name, query.shape[-1], o)
 
 
-def prepare_dense(
-    query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, key_lengths: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """mask and bias with four dimensions, each 1 or full; key_lengths checked."""
-    B, Hq, Sq, _ = query.shape
-    layout, shape = "(B, Hq, Sq, Sk)", (B, Hq, Sq, key.shape[2])
+def check_dense(
+    name: str, shape: tuple[int, ...], options: Options
+) -> tuple[Tensor | None, Tensor | None]:
+    """mask and bias, once they and key_lengths fit the scores' shape (B, Hq, Sq, Sk)."""
+    mask, bias, key_lengths = options.mask, options.bias, options.key_lengths
+    layout = "(B, Hq, Sq, Sk)"
     if mask is not None:
-        checks.is_tensor("attention", mask=mask)
-        checks.is_bool("attention", mask=mask)
-        checks.broadcasts("attention", "mask", mask, shape, layout)
-        mask = mask[(None,) * (4 - mask.dim())]
+        checks.is_tensor(name, mask=mask)
+        checks.is_bool(name, "mask", mask, "may attend", hint="; a float to be added is a bias")
+        checks.broadcasts(name, "mask", mask, shape, layout)
     if bias is not None:
-        checks.is_tensor("attention", bias=bias)
-        checks.is_float("attention", bias=bias)
-        checks.broadcasts("attention", "bias", bias, shape, layout)
-        bias = bias[(None,) * (4 - bias.dim())]
+        checks.is_tensor(name, bias=bias)
+        checks.is_float(name, bias=bias)
+        checks.broadcasts(name, "bias", bias, shape, layout)
     if key_lengths is not None:
-        checks.is_tensor("attention", key_lengths=key_lengths)
-        checks.is_integer("attention", key_lengths=key_lengths)
-        checks.has_shape("attention", "key_lengths", key_lengths, (B,), layout="(B,)")
-    return mask, bias, key_lengths
+        checks.is_tensor(name, key_lengths=key_lengths)
+        checks.is_integer(name, key_lengths=key_lengths)
+        checks.has_shape(name, "key_lengths", key_lengths, shape[:1], layout="(B,)")
+    return mask, bias
+
+
+def check_heads(name: str, B: int, Hq: int, options: Options) -> None:
+    """What there is one of for a head."""
+    slopes, sinks = options.alibi_slopes, options.sinks
+    if slopes is not None:
+        checks.is_tensor(name, alibi_slopes=slopes)
+        checks.is_float(name, alibi_slopes=slopes)
+        checks.has_shape(name, "alibi_slopes", slopes, (Hq,), (B, Hq), layout="(Hq,) or (B, Hq)")
+    if sinks is not None:
+        checks.is_tensor(name, sinks=sinks)
+        checks.is_float(name, sinks=sinks)
+        checks.has_shape(name, "sinks", sinks, (Hq,), layout="(Hq,)")
+
+
+def scalars(name: str, D: int, options: Options) -> AttentionSpec:
+    """What is not a tensor, checked."""
+    o = options
+    checks.is_flag(name, causal=o.causal, return_lse=o.return_lse)
+    checks.is_window(name, o.window)
+    checks.in_range(name, "dropout_p", o.dropout_p, 0, 1)
+    if o.softcap is not None:
+        checks.in_range(name, "softcap", o.softcap, 0)
+    if o.scale is not None:
+        checks.is_finite(name, "scale", o.scale)
+    for argument, n in (("max_seqlen_q", o.max_seqlen_q), ("max_seqlen_k", o.max_seqlen_k)):
+        if n is not None:
+            checks.is_int(name, argument, n, low=0)
+    # a window wider than any length is none; no channels give scores of 0 by any scale
+    left, right = (n if n is None or n < 2**31 else None for n in o.window or (None, None))
+    scale = float(o.scale) if o.scale is not None else D**-0.5 if D else 1.0
+    return AttentionSpec(
+        scale, o.causal, left, right, float(o.softcap or 0.0), float(o.dropout_p), False,
+        o.max_seqlen_q or 0, o.max_seqlen_k or 0,
+    )  # fmt: skip
+
+
+def four_dims(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() == 4 else x[(None,) * (4 - x.dim())]
 
 
 def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def int32(x: Tensor | None) -> Tensor | None:
+    """Lengths as kernels read them. One beyond int32 becomes its limit, which no kernel accepts."""
+    if x is None:
+        return None
+    if x.dtype == torch.int64:
+        x = x.clamp(-(2**31), 2**31 - 1).int()
+    return x.contiguous()

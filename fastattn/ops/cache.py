@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import registry
 from . import checks
-from .attention import prepare, run
+from .attention import Options, prepare, run
 from .rotary import rotary as rotate
 
 
@@ -64,15 +65,14 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        sizes = {
-            "batch": batch,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "max_length": max_length,
-        }
-        for name, size in (sizes | {"page_size": page_size or 1}).items():
-            if not isinstance(size, int) or size < (0 if name == "batch" else 1):
-                raise ValueError(f"KVCache: {name} must be a positive int, got {size!r}")
+        sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "max_length": max_length}
+        optional = {"page_size": page_size, "value_head_dim": value_head_dim}
+        sizes |= {name: size for name, size in optional.items() if size is not None}
+        checks.is_int("KVCache", "batch", batch, low=0)
+        for name, size in sizes.items():
+            checks.is_int("KVCache", name, size, low=1)
+        if dtype is not None and dtype not in registry.ALL_FLOATS:
+            raise TypeError(f"KVCache: dtype must be {checks.FLOATS}, got {checks.shown(dtype)}")
         self.max_length, self.page_size = max_length, page_size
         self._held = [0] * batch  # the lengths on the host, so that no check waits for a device
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -121,46 +121,23 @@ class KVCache:
         they take. new_lengths (B,): only the first new_lengths[b] tokens of row b count. Raises
         ValueError, with nothing changed, when a sequence would pass max_length.
         """
-        B, S = len(self._held), key.shape[2] if key.dim() == 4 else -1
-        kv_heads = self.key.shape[1 if self.page_size is None else 2]
-        for name, x, store in (("key", key, self.key), ("value", value, self.value)):
-            checks.has_shape(
-                "KVCache.append",
-                name,
-                x,
-                (B, kv_heads, S, store.shape[-1]),
-                layout="(B, Hkv, S, D)",
-            )
-            if x.dtype != store.dtype:
-                raise TypeError(
-                    f"KVCache.append: {name} must have the cache's dtype {checks.dtype_name(store.dtype)}, "
-                    f"got {checks.dtype_name(x.dtype)}"
-                )
-        counts = [S] * B if new_lengths is None else [int(n) for n in new_lengths]
-        if len(counts) != B or any(not 0 <= n <= S for n in counts):
-            raise ValueError(
-                f"KVCache.append: new_lengths must be {B} ints in [0, {S}], got {counts}"
-            )
-        for b, (held, new) in enumerate(zip(self._held, counts, strict=True)):
-            if held + new > self.max_length:
-                raise ValueError(
-                    f"KVCache.append: sequence {b} holds {held} of max_length {self.max_length} tokens "
-                    f"and cannot take {new} more; make a longer cache, trim or reset"
-                )
+        self._check_tokens(key, value)
+        S = key.shape[2]
+        counts = [S] * len(self._held)
+        if new_lengths is not None:
+            counts = integers("KVCache.append", "new_lengths", new_lengths)
+        self._check_counts(counts, S)
         if rotary is not None:
-            cos, sin, *interleaved = rotary
-            positions = self.lengths[:, None] + torch.arange(S, device=self.lengths.device)
-            key = rotate(key, cos, sin, positions=positions.clamp(max=len(cos) - 1),
-                         interleaved=bool(interleaved and interleaved[0]))  # fmt: skip
+            key = self._turned(key, rotary, counts)
         with torch.no_grad():
             self._write(key, value, counts)
         self._set_lengths([h + n for h, n in zip(self._held, counts, strict=True)])
 
     def trim(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Forgets the tokens of each sequence from lengths on: an int for all, or (B,)."""
-        wanted = (
-            [lengths] * len(self._held) if isinstance(lengths, int) else [int(n) for n in lengths]
-        )
+        if isinstance(lengths, int):
+            lengths = [lengths] * len(self._held)
+        wanted = integers("KVCache.trim", "lengths", lengths)
         if len(wanted) != len(self._held) or any(
             not 0 <= n <= h for n, h in zip(wanted, self._held, strict=False)
         ):
@@ -184,7 +161,7 @@ class KVCache:
 
         Dense rows are copied. Pages are shared, and copied when either side writes to them.
         """
-        rows = [int(i) for i in indices]
+        rows = integers("KVCache.fork", "indices", indices)
         if any(not 0 <= i < len(self._held) for i in rows):
             raise ValueError(f"KVCache.fork: indices must be in [0, {len(self._held)}), got {rows}")
         new = object.__new__(KVCache)
@@ -206,6 +183,53 @@ class KVCache:
     def __del__(self) -> None:
         for page in (page for pages in getattr(self, "_pages", ()) for page in pages):
             self._pool.users[page] -= 1
+
+    def _check_tokens(self, key: Tensor, value: Tensor) -> None:
+        checks.is_tensor("KVCache.append", key=key, value=value)
+        B, S = len(self._held), key.shape[2] if key.dim() == 4 else -1
+        kv_heads = self.key.shape[1 if self.page_size is None else 2]
+        for name, x, store in (("key", key, self.key), ("value", value, self.value)):
+            shape = (B, kv_heads, S, store.shape[-1])
+            checks.has_shape("KVCache.append", name, x, shape, layout="(B, Hkv, S, D)")
+            if x.dtype != store.dtype:
+                raise TypeError(
+                    f"KVCache.append: {name} must have the cache's dtype {checks.dtype_name(store.dtype)}, "
+                    f"got {checks.dtype_name(x.dtype)}"
+                )
+
+    def _check_counts(self, counts: list[int], S: int) -> None:
+        B = len(self._held)
+        if len(counts) != B or any(not 0 <= n <= S for n in counts):
+            raise ValueError(
+                f"KVCache.append: new_lengths must be {B} ints in [0, {S}], got {counts}"
+            )
+        for b, (held, new) in enumerate(zip(self._held, counts, strict=True)):
+            if held + new > self.max_length:
+                raise ValueError(
+                    f"KVCache.append: sequence {b} holds {held} of max_length {self.max_length} tokens "
+                    f"and cannot take {new} more; make a longer cache, trim or reset"
+                )
+
+    def _turned(self, key: Tensor, rotary: Any, counts: list[int]) -> Tensor:
+        """Keys by rotary at the positions that they take."""
+        if not isinstance(rotary, (tuple, list)) or len(rotary) not in (2, 3):
+            raise TypeError(
+                f"KVCache.append: rotary must be (cos, sin) or (cos, sin, interleaved), "
+                f"got {checks.shown(rotary)}"
+            )
+        cos, sin, *interleaved = rotary
+        checks.is_tensor("KVCache.append", cos=cos, sin=sin)
+        checks.has_dims("KVCache.append", "cos", cos, 2, layout="(P, R / 2)")
+        end = max((h + n for h, n in zip(self._held, counts, strict=True) if n), default=0)
+        if end > len(cos):
+            raise ValueError(
+                f"KVCache.append: cos has {len(cos)} rows and the new tokens reach position {end - 1}"
+            )
+        positions = self.lengths[:, None] + torch.arange(key.shape[2], device=self.lengths.device)
+        positions = positions.clamp(max=max(len(cos) - 1, 0))  # of tokens that do not count
+        return rotate(
+            key, cos, sin, positions=positions, interleaved=interleaved[0] if interleaved else False
+        )
 
     def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
         uniform = len(set(self._held)) <= 1 and len(set(counts)) <= 1
@@ -272,11 +296,14 @@ def attention_decode(
     count from there, a sequence at a time. mask and bias broadcast to (B, Hq, Sq, max_length).
     Other options, result and errors as in attention. The cache gets no gradient.
     """
-    checks.is_tensor("attention_decode", query=query)
-    checks.has_dims("attention_decode", "query", query, 4, layout="(B, Hq, Sq, D)")
+    name = "attention_decode"
+    checks.is_tensor(name, query=query)
+    checks.has_dims(name, "query", query, 4, layout="(B, Hq, Sq, D)")
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"{name}: cache must be a KVCache, got {type(cache).__name__}")
     if query.shape[0] != len(cache.lengths):
         raise ValueError(
-            f"attention_decode: query and cache disagree on B: {checks.described(query=query)}, {cache!r}"
+            f"{name}: query and cache disagree on B: {checks.described(query=query)}, {cache!r}"
         )
     if cache.page_table is None:
         key, value = cache.key, cache.value
@@ -286,11 +313,29 @@ def attention_decode(
             x[:1, :1].transpose(1, 2).expand(B, -1, max_pages * x.shape[1], -1)
             for x in (cache.key, cache.value)
         )
-    tensors, spec = prepare(
-        query, key, value, causal=causal, window=window, mask=mask, bias=bias, key_lengths=cache.lengths,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-    )  # fmt: skip
+    options = Options(
+        causal,
+        window,
+        mask,
+        bias,
+        cache.lengths,
+        alibi_slopes,
+        softcap,
+        sinks,
+        0.0,
+        scale,
+        return_lse,
+    )
+    tensors, spec = prepare(name, query, key, value, options)
     if cache.page_table is not None:
         tensors = tensors._replace(key=cache.key, value=cache.value, page_table=cache.page_table)
-    out, lse, _ = run(tensors, spec._replace(diagonal_at_length=True), backend)
+    out, lse, _ = run(name, tensors, spec._replace(diagonal_at_length=True), None, backend)
     return (out, lse) if return_lse else out
+
+
+def integers(operator: str, name: str, given: Any) -> list[int]:
+    """The entries of a sequence or a tensor (B,)."""
+    values = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(values, Sequence) or not all(isinstance(n, int) for n in values):
+        raise TypeError(f"{operator}: {name} must be ints, (B,), got {checks.shown(given)}")
+    return list(values)

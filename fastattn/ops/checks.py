@@ -1,20 +1,30 @@
 """Every error about a call's arguments, in one place. Kernels trust what passed here.
 
-A sentence names the operator, the argument, the rule and the values that broke it.
+A sentence names the function that was called, the argument, the rule and the values that broke it.
 """
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import registry
 
 FLOATS = "float64, float32, float16 or bfloat16"
+INF = float("inf")
+INT64 = 2**63
+STRIDED = torch.strided
+# a traced integer or number takes a plain one's place
+INTEGER, NUMBER, FLAG = (
+    (int, torch.SymInt),
+    (int, float, torch.SymInt, torch.SymFloat),
+    (bool, torch.SymBool),
+)
 
 
 def described(**tensors: Tensor | None) -> str:
@@ -26,10 +36,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def shown(x: Any) -> str:
+    """What was passed, on one line and not at length."""
+    if isinstance(x, Tensor):
+        return f"a tensor {tuple(x.shape)}"
+    return " ".join(reprlib.repr(x).split())
+
+
 def is_tensor(operator: str, **arguments: Any) -> None:
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{operator}: {name} must be a tensor, got {type(x).__name__}")
+        if x.layout is not STRIDED or x.is_nested:
+            layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            raise TypeError(f"{operator}: {name} must be a dense tensor, got a {layout} one")
 
 
 def is_float(operator: str, **tensors: Tensor | None) -> None:
@@ -65,15 +85,11 @@ def has_shape(operator: str, name: str, x: Tensor, *shapes: Sequence[int], layou
         )
 
 
-def is_bool(operator: str, **tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if x is not None and x.dtype != torch.bool:
-            raise TypeError(
-                f"{operator}: {name} must be bool (True may attend), got {dtype_name(x.dtype)}; "
-                "a float to be added is a bias"
-                if operator == "attention"
-                else f"{operator}: {name} must be bool (True keeps), got {dtype_name(x.dtype)}"
-            )
+def is_bool(operator: str, name: str, x: Tensor, true_means: str, hint: str = "") -> None:
+    if x.dtype != torch.bool:
+        raise TypeError(
+            f"{operator}: {name} must be bool (True {true_means}), got {dtype_name(x.dtype)}{hint}"
+        )
 
 
 def is_integer(operator: str, **tensors: Tensor | None) -> None:
@@ -93,90 +109,146 @@ def broadcasts(operator: str, name: str, x: Tensor, shape: Sequence[int], layout
         )
 
 
-def in_range(operator: str, name: str, x: float, low: float, high: float = math.inf) -> None:
-    if not isinstance(x, (int, float)) or isinstance(x, bool):
-        raise TypeError(f"{operator}: {name} must be a number, got {type(x).__name__}")
-    if not low <= x <= high or not math.isfinite(x):
-        rule = f"in [{low:g}, {high:g}]" if high < math.inf else "finite"
-        rule += f" and at least {low:g}" if -math.inf < low and high == math.inf else ""
+def is_flag(operator: str, **flags: Any) -> None:
+    for name, x in flags.items():
+        if not isinstance(x, FLAG):
+            raise TypeError(f"{operator}: {name} must be True or False, got {shown(x)}")
+
+
+def is_int(operator: str, name: str, x: Any, low: int = -INT64, high: int = INT64 - 1) -> None:
+    if not isinstance(x, INTEGER) or isinstance(x, bool):
+        raise TypeError(f"{operator}: {name} must be an int, got {shown(x)}")
+    if not low <= x <= high:
+        rule = f"an int of at least {low}" if x < low else f"an int of at most {high}"
         raise ValueError(f"{operator}: {name} must be {rule}, got {x}")
 
 
-def is_finite(operator: str, name: str, x: float) -> None:
-    in_range(operator, name, x, -math.inf)
+def in_range(operator: str, name: str, x: Any, low: float, high: float = INF) -> None:
+    if not isinstance(x, NUMBER) or isinstance(x, bool):
+        raise TypeError(f"{operator}: {name} must be a number, got {type(x).__name__}")
+    if not (low <= x <= high and -INF < x < INF):
+        rule = f"in [{low:g}, {high:g}]" if high < INF else "finite"
+        rule += f" and at least {low:g}" if low > -INF and high == INF else ""
+        raise ValueError(f"{operator}: {name} must be {rule}, got {x}")
 
 
-def one_of(operator: str, name: str, x: Any, choices: Sequence[Any]) -> None:
-    if x not in choices:
+def is_finite(operator: str, name: str, x: Any) -> None:
+    in_range(operator, name, x, -INF)
+
+
+def one_of(operator: str, name: str, x: Any, choices: Sequence[str]) -> None:
+    if not isinstance(x, str) or x not in choices:
         raise ValueError(
-            f"{operator}: {name} must be one of {', '.join(map(repr, choices))}, got {x!r}"
+            f"{operator}: {name} must be one of {', '.join(map(repr, choices))}, got {shown(x)}"
+        )
+
+
+def is_generator(operator: str, generator: Any, like: Tensor) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{operator}: generator must be a torch.Generator or None, got {type(generator).__name__}"
+        )
+    if generator.device.type != like.device.type:
+        raise ValueError(
+            f"{operator}: generator must be on the tensors' device {like.device.type}, "
+            f"got one on {generator.device.type}"
         )
 
 
 # ---- attention ----------------------------------------------------------------------------------
 
 
-def heads_divide(query_heads: int, key_heads: int, **tensors: Tensor) -> None:
-    if key_heads == 0 and query_heads == 0:
-        return
-    if key_heads == 0 or query_heads % key_heads:
+def dense_attention(operator: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        has_dims(operator, name, x, 4, layout="(B, H, S, D)")
+    agree(operator, "B", 0, query=query, key=key, value=value)
+    agree(operator, "D", 3, query=query, key=key)
+    agree(operator, "Hkv", 1, key=key, value=value)
+    agree(operator, "Sk", 2, key=key, value=value)
+    heads_divide(operator, query, key)
+
+
+def packed_attention(operator: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        has_dims(operator, name, x, 3, layout="packed (total, H, D)")
+    agree(operator, "D", 2, query=query, key=key)
+    agree(operator, "Hkv", 1, key=key, value=value)
+    agree(operator, "total_k", 0, key=key, value=value)
+    heads_divide(operator, query, key)
+
+
+def is_cu_seqlens(operator: str, cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
+    is_tensor(operator, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    is_integer(operator, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        has_dims(operator, name, cu_seqlens, 1, layout="(B + 1,)")
+        if len(cu_seqlens) == 0:
+            raise ValueError(f"{operator}: {name} must have B + 1 entries, the first 0, got none")
+    agree(operator, "B + 1", 0, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+
+
+def not_packed(operator: str, **arguments: Any) -> None:
+    for name, x in arguments.items():
+        if x is not None:
+            raise ValueError(
+                f"{operator}: {name} is not defined for packed sequences; cut or pad them, or use attention"
+            )
+
+
+def heads_divide(operator: str, query: Tensor, key: Tensor) -> None:
+    query_heads, key_heads = query.shape[1], key.shape[1]
+    if query_heads % key_heads if key_heads else query_heads:
         raise ValueError(
-            "attention: the heads of query must be a multiple of the heads of key, "
-            f"got {query_heads} and {key_heads}: {described(**tensors)}"
+            f"{operator}: the heads of query must be a multiple of the heads of key, "
+            f"got {query_heads} and {key_heads}: {described(query=query, key=key)}"
         )
 
 
-def is_window(window: Any) -> None:
+def is_window(operator: str, window: Any) -> None:
     ok = window is None or (
         isinstance(window, (tuple, list))
         and len(window) == 2
-        and all(side is None or (isinstance(side, int) and side >= 0) for side in window)
+        and all(
+            side is None or (isinstance(side, INTEGER) and not isinstance(side, bool) and side >= 0)
+            for side in window
+        )
     )
     if not ok:
         raise ValueError(
-            "attention: window must be None or (left, right), each None (unlimited) or an int of at "
-            f"least 0, got {window!r}"
+            f"{operator}: window must be None or (left, right), each None (unlimited) or an int of at "
+            f"least 0, got {shown(window)}"
         )
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        has_dims("attention", name, x, 4, layout="(B, H, S, D)")
-    tensors = {"query": query, "key": key, "value": value}
-    agree("B", 0, **tensors)
-    agree("D", 3, query=query, key=key)
-    agree("Hkv", 1, key=key, value=value)
-    agree("Sk", 2, key=key, value=value)
-    heads_divide(query.shape[1], key.shape[1], query=query, key=key)
-
-
-def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any
-) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        has_dims("attention", name, x, 3, layout="packed (total, H, D)")
-    agree("D", 2, query=query, key=key)
-    agree("Hkv", 1, key=key, value=value)
-    agree("total_k", 0, key=key, value=value)
-    heads_divide(query.shape[1], key.shape[1], query=query, key=key)
-    is_tensor("attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    is_integer("attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        has_dims("attention", name, cu_seqlens, 1, layout="(B + 1,)")
-        if len(cu_seqlens) == 0:
-            raise ValueError(f"attention: {name} must have B + 1 entries, the first 0, got none")
-    agree("B + 1", 0, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-
-
-def agree(letter: str, dim: int, **tensors: Tensor) -> None:
-    if len({x.shape[dim] for x in tensors.values()}) > 1:
-        *first, last = tensors
-        raise ValueError(
-            f"attention: {', '.join(first)} and {last} disagree on {letter}: {described(**tensors)}"
-        )
+def agree(operator: str, letter: str, dim: int, **tensors: Tensor) -> None:
+    first, *others = tensors.values()
+    size = first.shape[dim]
+    for (
+        x
+    ) in others:  # one by one: a set would hash a traced size, and compile anew for every length
+        if x.shape[dim] != size:
+            *names, last = tensors
+            listed = described(**tensors)
+            raise ValueError(
+                f"{operator}: {', '.join(names)} and {last} disagree on {letter}: {listed}"
+            )
 
 
 # ---- what depends on data: inside the kernels; these serve the definition -----------------------
+
+
+def can_read(*arguments: Any) -> bool:
+    """The tensors' values can be looked at: nothing is traced or transformed, or waits for a GPU."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    return all(x.device.type == "cpu" and not holds_no_data(x) for x in tensors)
+
+
+def holds_no_data(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def ascending(name: str, cu_seqlens: Tensor, total: int) -> None:

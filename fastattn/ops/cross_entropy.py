@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import registry
 from ..kernels import reference
 from . import checks, dispatch
 from .operator import Operator
@@ -54,18 +53,11 @@ class InPlace(torch.autograd.Function):
         return None, dlogits, *[None] * (1 + len(ctx.scalars))
 
 
-def definition(
-    logits: Tensor, target: Tensor, ignore_index: int, *rest: float
-) -> tuple[Tensor, Tensor]:
-    """The reference, after the check of the targets that kernels make themselves."""
-    if not torch.compiler.is_compiling():
-        checks.targets_fit(target, logits.shape[1], ignore_index)
-    return reference.cross_entropy(logits, target, ignore_index, *rest)
+def check_data(logits: Tensor, target: Tensor, ignore_index: int, *rest: float) -> None:
+    checks.targets_fit(target, logits.shape[1], ignore_index)
 
 
-registry.register(
-    "cross_entropy", "reference", registry.Kernel(definition, frozenset(), registry.ALL_FLOATS)
-)
+dispatch.register_definition(OPERATOR, check=check_data)
 
 
 def cross_entropy(
@@ -94,18 +86,25 @@ def cross_entropy(
     checks.same_device(name, logits=logits, target=target)
     if logits.dim() == 0:
         raise ValueError(f"{name}: logits must be (..., V), got {checks.described(logits=logits)}")
-    check_options(name, logits, target, label_smoothing, z_loss, reduction)
-    flat, rows = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    checks.is_flag(name, inplace_backward=inplace_backward)
+    check_options(name, logits, target, ignore_index, label_smoothing, z_loss, reduction)
+    flat, rows = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    arguments = (flat, rows, int(ignore_index), float(label_smoothing), float(z_loss))
+    arguments = (flat, rows, ignore_index, float(label_smoothing), float(z_loss))
     operator = "cross_entropy_inplace" if inplace_backward else name
-    loss, _ = dispatch.run(dispatch.request(operator, logits, [], arguments), backend)
+    loss, _ = dispatch.run(dispatch.request(operator, logits, [], arguments, name), backend)
     return reduced(loss, target, ignore_index, reduction, logits)
 
 
 def check_options(
-    name: str, x: Tensor, target: Tensor, label_smoothing: float, z_loss: float, reduction: str
+    name: str,
+    x: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
 ) -> None:
     """x is logits or hidden: target has its shape without the last dimension."""
     if target.dtype != torch.int64:
@@ -113,6 +112,7 @@ def check_options(
             f"{name}: target must be int64 class indices, got {checks.dtype_name(target.dtype)}"
         )
     checks.has_shape(name, "target", target, x.shape[:-1], layout="one class for each row")
+    checks.is_int(name, "ignore_index", ignore_index)
     checks.in_range(name, "label_smoothing", label_smoothing, 0, 1)
     checks.in_range(name, "z_loss", z_loss, 0)
     checks.one_of(name, "reduction", reduction, ("mean", "sum", "none"))
@@ -128,4 +128,4 @@ def reduced(
         loss = loss.sum()
         if reduction == "mean":
             loss = loss / (target != ignore_index).sum()
-    return loss if torch.is_autocast_enabled(like.device.type) else loss.to(like.dtype)
+    return loss if dispatch.autocasts(like.device.type) else loss.to(like.dtype)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import registry
 from ..kernels.reference.linear_cross_entropy import linear_cross_entropy as definition
 from . import checks, cross_entropy, dispatch
 from .operator import Operator
@@ -40,18 +41,13 @@ OPERATOR = Operator(
 FEATURES = frozenset({"bias"})
 
 
-def checked(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *scalars: float
-) -> object:
-    """The reference, after the check of the targets that kernels make themselves."""
-    if not torch.compiler.is_compiling():
-        checks.targets_fit(target, weight.shape[0], int(scalars[0]))
-    return definition(hidden, weight, bias, target, *scalars)  # type: ignore[arg-type]
+def check_data(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *scalars: Any
+) -> None:
+    checks.targets_fit(target, weight.shape[0], scalars[0])
 
 
-registry.register(
-    "linear_cross_entropy", "reference", registry.Kernel(checked, FEATURES, registry.ALL_FLOATS)
-)
+dispatch.register_definition(OPERATOR, FEATURES, check=check_data)
 
 
 def linear_cross_entropy(
@@ -75,6 +71,8 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     checks.is_tensor(name, hidden=hidden, weight=weight, target=target)
+    if bias is not None:
+        checks.is_tensor(name, bias=bias)
     hidden, weight, bias = dispatch.autocast(hidden, weight, bias)
     checks.is_float(name, hidden=hidden, weight=weight, bias=bias)
     checks.same_dtype(name, hidden=hidden, weight=weight)
@@ -86,8 +84,10 @@ def linear_cross_entropy(
         )
     if bias is not None:
         checks.has_shape(name, "bias", bias, weight.shape[:1], layout="(V,)")
-    cross_entropy.check_options(name, hidden, target, label_smoothing, z_loss, reduction)
-    flat, rows = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    cross_entropy.check_options(
+        name, hidden, target, ignore_index, label_smoothing, z_loss, reduction
+    )
+    flat, rows = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
     ahead = 0
     if reduction != "none" and torch.is_grad_enabled():
         inputs = (hidden, weight, bias)
@@ -97,7 +97,7 @@ def linear_cross_entropy(
         weight,
         bias,
         rows,
-        int(ignore_index),
+        ignore_index,
         float(label_smoothing),
         float(z_loss),
         ahead,

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import registry
 from ..kernels import reference
 from . import checks, dispatch
 from .operator import Operator
@@ -46,9 +45,7 @@ OPERATOR = Operator(
     fake=fake,
 )
 FEATURES = frozenset({"residual", "dropout", "weight_offset", "rms"})
-registry.register(
-    "norm", "reference", registry.Kernel(reference.norm, FEATURES, registry.ALL_FLOATS)
-)
+dispatch.register_definition(OPERATOR, FEATURES)
 
 
 def layer_norm(
@@ -94,6 +91,8 @@ def rms_norm(
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     if eps is None:
+        checks.is_tensor("rms_norm", x=x)
+        checks.is_float("rms_norm", x=x)
         eps = torch.finfo(x.dtype).eps
     spec = NormSpec(True, eps, weight_offset, dropout_p, return_residual)
     return run("rms_norm", x, residual, weight, None, spec, generator, backend)
@@ -109,14 +108,9 @@ def run(
     generator: torch.Generator | None,
     backend: str | None,
 ) -> Any:
-    check(name, x, residual, weight, bias, spec)
-    spec = NormSpec(
-        spec.rms,
-        float(spec.eps),
-        float(spec.weight_offset),
-        float(spec.dropout_p),
-        bool(spec.return_residual),
-    )
+    check(name, x, residual, weight, bias, spec, generator)
+    rms, eps, offset, dropout_p, return_residual = spec
+    spec = NormSpec(rms, float(eps), float(offset), float(dropout_p), return_residual)
     philox = dispatch.draw_philox(x, generator) if spec.dropout_p > 0 else None
     features = {
         "residual": residual is not None,
@@ -129,6 +123,7 @@ def run(
         x,
         (n for n, used in features.items() if used),
         (x, residual, weight, bias, philox, *spec),
+        name,
     )
     y, summed, _, _ = dispatch.run(call, backend)
     return (y, summed) if spec.return_residual else y
@@ -141,6 +136,7 @@ def check(
     weight: Tensor | None,
     bias: Tensor | None,
     spec: NormSpec,
+    generator: torch.Generator | None,
 ) -> None:
     optional = {"residual": residual, "weight": weight, "bias": bias}
     given = {"x": x, **{n: t for n, t in optional.items() if t is not None}}
@@ -157,3 +153,5 @@ def check(
     checks.in_range(name, "eps", spec.eps, 0)
     checks.in_range(name, "dropout_p", spec.dropout_p, 0, 1)
     checks.is_finite(name, "weight_offset", spec.weight_offset)
+    checks.is_flag(name, return_residual=spec.return_residual)
+    checks.is_generator(name, generator, x)

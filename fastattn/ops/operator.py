@@ -17,7 +17,7 @@ definition's cost in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Operator:
     fake: shapes, called as the forward is.
     """
 
+    names: ClassVar[set[str]] = set()  # of all operators: what a kernel's sentence begins with
+
     def __init__(
         self,
         name: str,
@@ -48,6 +50,7 @@ class Operator:
         define_backward: Callable[..., Any] | None = None,
         fake: Callable[..., Any],
     ) -> None:
+        self.names.add(name)
         self.name, self.forward_text, self.backward_text = name, forward, backward
         parsed, parsed_backward = (torch._C.parse_schema(f"x::y{t}") for t in (forward, backward))
         self.inputs = [a.name for a in parsed.arguments]
@@ -160,13 +163,13 @@ class Primitive:
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.op(*inputs)
-        # A registered operator would drop tangents without a word; both tests cost 0.1 us.
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return Transformable.apply(self, *inputs)
         try:
+            # A registered operator would drop tangents without a word; both tests cost 0.1 us.
+            if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+                return Transformable.apply(self, *inputs)
             return self.op(*inputs)
         except RuntimeError as error:
-            raise translated(error, self.op) from None
+            raise translated(error) from None
 
     def _save(self, ctx: Any, inputs: Arguments, output: Any) -> None:
         outputs = as_tuple(output)
@@ -245,27 +248,35 @@ class Transformable(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], primitive: Primitive, *inputs: Any) -> Any:
         """One call an entry: a kernel is parallel inside, and every argument keeps its meaning."""
+
+        def entry(x: Any, d: int | None, i: int) -> Any:
+            if d is None:
+                return x
+            if info.batch_size == 0:  # zeros, for the shapes of the results
+                return x.sum(d, dtype=x.dtype)
+            x = x.select(d, i)
+            return x.contiguous() if x.dim() == 1 else x  # lengths, which kernels read as they lie
+
         slices = [
             Transformable.apply(
-                primitive,
-                *[
-                    x if d is None else x.select(d, i)
-                    for x, d in zip(inputs, in_dims[1:], strict=True)
-                ],
+                primitive, *[entry(x, d, i) for x, d in zip(inputs, in_dims[1:], strict=True)]
             )
-            for i in range(info.batch_size)
+            for i in range(max(info.batch_size, 1))
         ]
         if isinstance(slices[0], Tensor):
-            return torch.stack(slices), 0
-        stacked = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+            return torch.stack(slices)[: info.batch_size], 0
+        stacked = tuple(
+            torch.stack(parts)[: info.batch_size] for parts in zip(*slices, strict=True)
+        )
         return stacked, (0,) * len(stacked)
 
 
-def translated(error: RuntimeError, op: Any) -> Exception:
+def translated(error: RuntimeError) -> Exception:
     """A kernel checks data and can only raise RuntimeError: its sentence becomes a ValueError."""
-    name = op._schema.name.split("::")[1].rsplit("_", 1)[0]
-    lines = [line for line in str(error).splitlines() if line.startswith(f"{name}: ")]
-    return ValueError(lines[0]) if lines else error
+    for line in str(error).splitlines():
+        if line.partition(": ")[0] in Operator.names:
+            return ValueError(line)
+    return error
 
 
 def save(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor | None]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import registry
 from ..kernels import reference
 from . import checks, dispatch
 from .operator import Operator
@@ -35,16 +34,12 @@ OPERATOR = Operator(
 FEATURES = frozenset({"positions", "table_gradient"})
 
 
-def definition(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *flags: Any
-) -> Tensor:
-    """The reference, after the check of the positions that kernels make themselves."""
-    if positions is not None and not torch.compiler.is_compiling():
+def check_data(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *flags: Any) -> None:
+    if positions is not None:
         checks.positions_fit(positions, cos.shape[0])
-    return reference.rotary(x, cos, sin, positions, *flags)
 
 
-registry.register("rotary", "reference", registry.Kernel(definition, FEATURES, registry.ALL_FLOATS))
+dispatch.register_definition(OPERATOR, FEATURES, check=check_data)
 
 
 def rotary(
@@ -63,6 +58,9 @@ def rotary(
     Llama, or (2d, 2d + 1) as in GPT-J when interleaved. Su et al. 2021, arXiv:2104.09864.
     """
     checks.is_tensor("rotary", x=x, cos=cos, sin=sin)
+    if positions is not None:
+        checks.is_tensor("rotary", positions=positions)
+    checks.is_flag("rotary", interleaved=interleaved)
     checks.is_float("rotary", x=x, cos=cos, sin=sin)
     checks.same_device("rotary", x=x, cos=cos, sin=sin, positions=positions)
     checks.has_dims("rotary", "x", x, 4, layout="(B, H, S, D)")
@@ -83,7 +81,5 @@ def rotary(
     features = ["positions"] if positions is not None else []
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         features.append("table_gradient")
-    call = dispatch.request(
-        "rotary", x, features, (x, cos, sin, positions, bool(interleaved), False)
-    )
+    call = dispatch.request("rotary", x, features, (x, cos, sin, positions, interleaved, False))
     return dispatch.run(call, backend)

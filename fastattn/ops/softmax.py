@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import registry
 from ..kernels import reference
 from ..kernels.reference.softmax import softmax_bwd
 from . import checks, dispatch
@@ -21,9 +20,7 @@ OPERATOR = Operator(
     fake=lambda x, mask, causal, scale: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 FEATURES = frozenset({"mask", "causal"})
-registry.register(
-    "softmax", "reference", registry.Kernel(reference.softmax, FEATURES, registry.ALL_FLOATS)
-)
+dispatch.register_definition(OPERATOR, FEATURES)
 
 
 def softmax(
@@ -43,32 +40,39 @@ def softmax(
     torch.softmax. Under autocast the result is float32, as torch's on a GPU.
     Raises ValueError or TypeError, naming the argument.
     """
-    checks.is_tensor("softmax", x=x)
-    checks.is_float("softmax", x=x)
-    checks.is_finite("softmax", "scale", scale)
-    if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
-        raise ValueError(f"softmax: dim must be a dimension of {checks.described(x=x)}, got {dim}")
-    if causal and (x.dim() < 2 or dim % x.dim() != x.dim() - 1):
-        raise ValueError(
-            f"softmax: causal needs rows and columns and dim=-1, got {checks.described(x=x)}, dim={dim}"
-        )
+    check(x, dim, mask, causal, scale)
     if mask is not None:
-        checks.is_tensor("softmax", mask=mask)
-        checks.is_bool("softmax", mask=mask)
-        checks.same_device("softmax", x=x, mask=mask)
-        checks.broadcasts("softmax", "mask", mask, x.shape, "x")
         mask = mask.expand(x.shape)
-    if x.dim() == 0:
-        return torch.ones_like(x) + 0 * x
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if dispatch.autocasts(x.device.type) and x.dtype != torch.float64:
         x = x.float()
-    if x.numel() == 0:
-        return x.clone()
+    if x.dim() == 0:
+        kept = None if mask is None else mask.reshape(1)
+        return softmax(x.reshape(1), mask=kept, scale=scale, backend=backend).reshape(())
     last = dim % x.dim() == x.dim() - 1
     if not last:
         x = x.transpose(dim, -1)
         mask = None if mask is None else mask.transpose(dim, -1)
     features = ["mask"] * (mask is not None) + ["causal"] * causal
-    call = dispatch.request("softmax", x, features, (x, mask, bool(causal), float(scale)))
+    call = dispatch.request("softmax", x, features, (x, mask, causal, float(scale)))
     y = dispatch.run(call, backend)
     return y if last else y.transpose(dim, -1)
+
+
+def check(x: Tensor, dim: int, mask: Tensor | None, causal: bool, scale: float) -> None:
+    checks.is_tensor("softmax", x=x)
+    checks.is_float("softmax", x=x)
+    checks.is_int("softmax", "dim", dim)
+    checks.is_flag("softmax", causal=causal)
+    checks.is_finite("softmax", "scale", scale)
+    dims = max(x.dim(), 1)
+    if not -dims <= dim < dims:
+        raise ValueError(f"softmax: dim must be a dimension of {checks.described(x=x)}, got {dim}")
+    if causal and (x.dim() < 2 or dim % dims != dims - 1):
+        raise ValueError(
+            f"softmax: causal needs rows and columns and dim=-1, got {checks.described(x=x)}, dim={dim}"
+        )
+    if mask is not None:
+        checks.is_tensor("softmax", mask=mask)
+        checks.is_bool("softmax", "mask", mask, "keeps")
+        checks.same_device("softmax", x=x, mask=mask)
+        checks.broadcasts("softmax", "mask", mask, x.shape, "x")

@@ -89,6 +89,17 @@ def test_append_turns_keys_at_their_own_positions(page_size):
 
 
 @paged
+def test_append_needs_angles_for_the_tokens_that_count(page_size):
+    cache = fa.KVCache(2, 1, 4, max_length=9, page_size=page_size)
+    new, angles = torch.ones(2, 1, 3, 4), torch.ones(5, 2)
+    cache.append(new, new, (angles, angles))
+    cache.append(new, new, (angles, angles), new_lengths=[2, 0])
+    with pytest.raises(ValueError, match="cos has 5 rows and the new tokens reach position 5"):
+        cache.append(new, new, (angles, angles), new_lengths=[1, 0])
+    assert cache.lengths.tolist() == [5, 3]
+
+
+@paged
 def test_full_cache_raises_and_changes_nothing(page_size):
     cache = fa.KVCache(2, 1, 4, max_length=5, page_size=page_size)
     new = torch.ones(2, 1, 3, 4)
@@ -117,7 +128,7 @@ def test_pages_come_back():
 
 def test_wrong_use():
     cache = fa.KVCache(2, 1, 4, max_length=8)
-    with pytest.raises(ValueError, match="KVCache: max_length must be a positive int, got 0"):
+    with pytest.raises(ValueError, match="KVCache: max_length must be an int of at least 1, got 0"):
         fa.KVCache(2, 1, 4, max_length=0)
     with pytest.raises(TypeError, match="key must have the cache's dtype float32, got float16"):
         cache.append(torch.ones(2, 1, 1, 4).half(), torch.ones(2, 1, 1, 4))

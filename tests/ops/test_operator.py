@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn as fa
 from fastattn import registry
@@ -185,6 +186,176 @@ def test_empty_rows(shape, backend):
     for y in outputs:
         assert y.shape == x.shape
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+EMPTY = [
+    ("softmax", lambda x: fa.softmax(x)),
+    ("layer_norm with dropout", lambda x: fa.layer_norm(x, dropout_p=0.5)),
+    ("rms_norm with dropout", lambda x: fa.rms_norm(x, dropout_p=0.5)),
+]
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+@pytest.mark.parametrize("name, call", EMPTY)
+def test_empty_rows_with_options(name, call, shape, backend):
+    x = torch.randn(shape, requires_grad=True)
+    with fa.use_backend(backend):
+        y = call(x)
+    assert y.shape == x.shape
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+@every_backend
+@pytest.mark.parametrize("target", [[], [-100, -100]], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_losses_over_no_classes_are_torchs(target, reduction, backend):
+    target = torch.tensor(target, dtype=torch.int64)
+    logits = torch.zeros(len(target), 0, requires_grad=True)
+    wanted = torch.nn.functional.cross_entropy(logits, target, reduction=reduction)
+    hidden, weight = torch.ones(len(target), 4), torch.ones(0, 4)
+    with fa.use_backend(backend):
+        loss = fa.cross_entropy(logits, target, reduction=reduction, label_smoothing=0.1)
+        linear = fa.linear_cross_entropy(hidden, weight, target, reduction=reduction)
+    for found in (loss, linear):
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+    assert torch.autograd.grad(loss.sum(), logits)[0].shape == logits.shape
+
+
+@every_backend
+@pytest.mark.parametrize("slopes", [None, torch.ones(2), torch.ones(0, 2)], ids=["", "Hq", "BHq"])
+def test_no_sequences(slopes, backend):
+    inputs = [torch.randn(0, 2, d, requires_grad=True) for d in (4, 4, 3)]
+    start = torch.tensor([0])
+    out, lse = fa.attention_varlen(
+        *inputs, start, start, alibi_slopes=slopes, return_lse=True, backend=backend
+    )
+    assert out.shape == (0, 2, 3) and lse.shape == (2, 0)
+    for x, grad in zip(inputs, torch.autograd.grad(out.sum() + lse.sum(), inputs), strict=True):
+        assert grad.shape == x.shape
+
+
+@every_backend
+def test_no_channels(backend):
+    q, k, v = torch.ones(1, 1, 2, 0), torch.ones(1, 1, 3, 0), torch.arange(3.0)[None, None, :, None]
+    assert (fa.attention(q, k, v, backend=backend) == 1).all()
+
+
+@every_backend
+def test_no_dimensions(backend):
+    x = torch.tensor(0.7, requires_grad=True)
+    F = torch.nn.functional
+    with fa.use_backend(backend):
+        found = [fa.gelu(x), fa.gelu(x, bias=x), fa.swiglu(x, x), fa.geglu(x, x), fa.softmax(x, 0)]
+        assert fa.softmax(x, mask=torch.tensor(False)) == 0
+    for y, wanted in zip(
+        found, [F.gelu(x), F.gelu(x + x), F.silu(x) * x, F.gelu(x) * x, x.softmax(0)], strict=True
+    ):
+        torch.testing.assert_close(y, wanted)
+        close(torch.autograd.grad(y, x), torch.autograd.grad(wanted, x))
+
+
+@every_backend
+def test_lengths_may_lie_anywhere(backend):
+    lengths = torch.tensor([[3, 1], [5, 2]], dtype=torch.int32)
+    call = lambda n: fa.attention(A, B, C, key_lengths=n, backend=backend)  # noqa: E731
+    assert torch.equal(call(lengths[:, 0]), call(torch.tensor([3, 5])))
+    wanted = torch.stack([call(torch.tensor([3, 5])), call(torch.tensor([1, 2]))])
+    close([torch.vmap(call, in_dims=1)(lengths)], [wanted])
+    close([torch.vmap(call)(lengths.t().contiguous())], [wanted])
+
+
+# the mean's division is torch's, and fails there; the data of zero sequences cannot be right
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"cross_entropy", "attention_varlen"}))
+def test_vmap_over_nothing(name):
+    function, inputs = CALLS[name]
+    empty = [x.new_zeros(0, *x.shape).requires_grad_() for x in inputs]
+    out = torch.vmap(function)(*empty)
+    assert out.shape == (0, *function(*inputs).shape)
+    for x, grad in zip(empty, torch.autograd.grad(out.sum(), empty), strict=True):
+        assert grad.shape == x.shape
+
+
+@every_backend
+def test_vmap_over_targets_in_double(backend):
+    logits, target = torch.randn(4, 3, 6).double(), torch.tensor([[0, 5, -100]] * 4)
+    loss = lambda x, t: fa.cross_entropy(x, t)  # noqa: E731
+    close([torch.vmap(loss)(logits, target)], [torch.stack([loss(x, TARGET) for x in logits])])
+
+
+WITHOUT_DATA = CALLS | {
+    "linear_cross_entropy": (
+        lambda h, w: fa.linear_cross_entropy(h, w, torch.zeros(3, dtype=torch.int64, device=h.device)),
+        (X[0, :3], X[1]),
+    ),
+    "sdpa": (lambda q: fa.scaled_dot_product_attention(q, q, q), (A,)),
+    "attention_varlen": (
+        lambda x: fa.attention_varlen(x, x, x, *[torch.tensor([0, 2, 6], device=x.device)] * 2),
+        (A[0, 0].repeat(2, 1)[:6, None],),
+    ),
+    "attention_lse": (lambda q: fa.attention(q, q, q, dropout_p=0.1, return_lse=True)[1], (A,)),
+    "layer_norm": (lambda x, w: fa.layer_norm(x, w, w, dropout_p=0.1), (X, W)),
+    "softmax": (lambda x: fa.softmax(x, causal=True), (X,)),
+    "cross_entropy": (
+        lambda x: fa.cross_entropy(x, torch.zeros(3, dtype=torch.int64, device=x.device)), (X[0, :3],)),
+    "rotary": (
+        lambda x: fa.rotary(x, *[torch.ones(9, 4, device=x.device)] * 2,
+                            positions=torch.zeros(5, dtype=torch.int64, device=x.device)), (A,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_meta_tensors_tell_shapes(name):
+    function, inputs = WITHOUT_DATA[name]
+    meta = [x.to("meta").requires_grad_() for x in inputs]
+    out, wanted = function(*meta), function(*inputs)
+    assert out.is_meta and (out.shape, out.dtype) == (wanted.shape, wanted.dtype)
+    for x, grad in zip(meta, torch.autograd.grad(out.sum(), meta), strict=True):
+        assert grad.is_meta and grad.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_fake_tensors_tell_shapes(name, dtype):
+    function, inputs = WITHOUT_DATA[name]
+    wanted = function(*[x.to(dtype) for x in inputs])
+    with FakeTensorMode():
+        fake = [torch.empty(x.shape, dtype=dtype) for x in inputs]
+        if name == "attention_varlen" and dtype == torch.float64:
+            with pytest.raises(
+                ValueError, match="reference reads cu_seqlens, and these tensors hold"
+            ):
+                function(*fake)
+            return
+        out = function(*fake)
+    assert (out.shape, out.dtype) == (wanted.shape, wanted.dtype)
+
+
+def test_explain_does_as_the_call_does():
+    with fa.use_backend("reference"):
+        lines = fa.explain(A, B, C).splitlines()
+    assert lines[1:] == [
+        "  reference: serves this call",
+        "  cpu: could serve it too",
+    ]
+    assert fa.explain(A, B, C, backend="cuda").splitlines()[1:] == [
+        "  cuda: no CUDA kernel is written yet",
+        "  cpu: could serve it, but 'cuda' is asked for",
+        "  reference: could serve it, but 'cuda' is asked for",
+        "  nobody serves this call: it raises ValueError",
+    ]
+
+
+def test_explain_speaks_of_packed_calls_and_draws_nothing():
+    packed, starts = A[0].transpose(0, 1), torch.tensor([0, 2, 5])
+    state = torch.get_rng_state()
+    text = fa.explain(
+        packed, packed, packed, cu_seqlens_q=starts, cu_seqlens_k=starts, dropout_p=0.1
+    )
+    assert text.startswith(
+        "attention on cpu in float32 with dropout, packed\n  cpu: serves this call"
+    )
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_explain_names_the_backend_and_the_reasons():
