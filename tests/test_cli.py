@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fastattn import registry
 from fastattn.cli import app
-from fastattn.verify import models
+from fastattn.verify import ModelReport, Report, models
 
 
 def run(*arguments):
@@ -52,6 +53,22 @@ def wrong_softmax():
     registry.register("softmax", "cpu", kernel)
 
 
+def test_json_has_no_infinities(wrong_softmax):
+    kernel = registry.kernel("softmax", "cpu")
+    forward = lambda *arguments: kernel.forward(*arguments) * torch.nan  # noqa: E731
+    registry.register("softmax", "cpu", kernel._replace(forward=forward))
+    done = run(
+        "verify", "--operator", "softmax", "--dtype", "float32", "--backend", "cpu", "--json"
+    )
+    found = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert found["failed"] > 0
+    assert found["operators"][0]["error_over_allowance"]["output 0"] is None
+    losses = {"fused": [1.0, float("nan")], "naive": [1.0, 1.0]}
+    report = Report(models=[ModelReport("model", 1, float("inf"), 0.0, 0.0, "", losses)])
+    assert report.as_json()["models"][0]["losses"]["fused"] == [1.0, None]
+    assert report.as_json()["models"][0]["logits_error"] is None
+
+
 def test_verify_fails_loudly(wrong_softmax):
     done = run("verify", "--operator", "softmax", "--dtype", "float32")
     assert done.exit_code == 1
@@ -60,15 +77,24 @@ def test_verify_fails_loudly(wrong_softmax):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--operator", "soft"], "operator must be one of attention"),
-    (["--dtype", "float8"], "dtype must be one of float32, float16, bfloat16, got 'float8'"),
-    (["--backend", "gpu"], "backend must be one of reference, cpu, triton, cuda, got 'gpu'"),
+    (["--operator", "soft"], "fastattn verify: operator must be one of attention"),
+    (["--dtype", "float8"], "fastattn verify: dtype must be one of float32, float16, bfloat16, got 'float8'"),
+    (["--backend", "gpu"], "fastattn verify: backend must be one of reference, cpu, triton, cuda, got 'gpu'"),
     (["--text", "/nowhere"], "there is no file /nowhere"),
 ])  # fmt: skip
 def test_wrong_commands(arguments, sentence):
     done = run("verify", *arguments)
     assert done.exit_code == 2
     assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_short_text_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastattn.verify.judge", lambda *arguments: pytest.fail("a case ran"))
+    text = tmp_path / "text"
+    text.write_text("abc")
+    done = run("verify", "--text", str(text))
+    assert done.exit_code == 2
+    assert done.stderr.strip() == "fastattn verify: the text must have more than 256 bytes, got 3"
 
 
 def test_models_are_compared_on_a_users_text(tmp_path):
@@ -83,5 +109,3 @@ def test_models_are_compared_on_a_users_text(tmp_path):
         assert report.curve_difference < 1e-3 and len(report.losses["naive"]) == 12
         assert report.step_seconds.keys() == report.step_bytes.keys() == {"fused", "naive"}
     assert said[0][1] == 0 and all(0 <= share <= 1 for _, share in said)
-    with pytest.raises(ValueError, match="more than 256 bytes, got 3"):
-        models.batch(b"abc", "GPT-2 LM", 0)

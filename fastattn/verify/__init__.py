@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from .. import __version__, registry
 from ..kernels import native
 from .cases import CASES, Case
 from .judge import DTYPES, Verdict, judge
-from .models import ModelReport, check_models
+from .models import ModelReport, check_models, read_text
 
 Progress = Callable[[str, float], None]
 
@@ -64,13 +65,23 @@ class Report:
             "operators": [
                 {
                     "case": v.case.id, "dtype": str(v.dtype).removeprefix("torch."), "backend": v.backend,
-                    "passed": v.passed, "declined": v.declined, "error_over_allowance": dict(v.errors),
+                    "passed": v.passed, "declined": v.declined,
+                    "error_over_allowance": finite(dict(v.errors)),
                 }
                 for v in self.verdicts
             ],
-            "models": [asdict(m) | {"checks": m.checks} for m in self.models],
+            "models": [finite(asdict(m)) | {"checks": m.checks} for m in self.models],
             "failures": self.failures,
         }  # fmt: skip
+
+
+def finite(x: Any) -> Any:
+    """NaN and infinities as None: JSON has no word for them."""
+    if isinstance(x, dict):
+        return {name: finite(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def run_verify(
@@ -89,11 +100,14 @@ def run_verify(
     cases = selected(operators, quick)
     usable = [name for name, reason in registry.usable().items() if reason is None]
     names = list(backends) or usable
+    with_models = not operators and not quick
+    if with_models:
+        read_text(text)  # what is wrong with it is better said before the cases
     for at, case in enumerate(cases):
         progress(f"{case.operator}: {case.feature}", at / len(cases))
         for dtype in dtypes:
             report.verdicts += [judge(case, dtype, backend) for backend in names]
-    if not operators and not quick:
+    if with_models:
         report.models = check_models(text, progress)
     report.seconds = time.perf_counter() - start
     return report

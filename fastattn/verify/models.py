@@ -108,7 +108,10 @@ class Twin:
 def read_text(file: str | None) -> bytes:
     """A file's bytes, or the documentation that comes with every Python."""
     if file is not None:
-        return Path(file).read_bytes()
+        text = Path(file).read_bytes()
+        if len(text) <= LENGTH:
+            raise ValueError(f"the text must have more than {LENGTH} bytes, got {len(text)}")
+        return text
     topics = importlib.import_module("pydoc_data.topics").topics
     return "\n\n".join(topics[name] for name in sorted(topics)).encode()
 
@@ -116,8 +119,6 @@ def read_text(file: str | None) -> bytes:
 def batch(text: bytes, name: str, step: int) -> tuple[Tensor, Tensor]:
     """(ids, labels) of (BATCH, LENGTH) bytes; for BERT 15 % are to be predicted, of which 80 % are
     hidden, 10 % are other bytes and 10 % stay (Devlin et al. 2018)."""
-    if len(text) < LENGTH + 1:
-        raise ValueError(f"the text must have more than {LENGTH} bytes, got {len(text)}")
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(0, len(text) - LENGTH, (BATCH,), generator=generator).tolist()
     ids = torch.tensor([list(text[s : s + LENGTH]) for s in starts])
