@@ -3,7 +3,8 @@
 A chunk's logits are a product by torch's own matrix kernel, its loss and gradient are the
 cross_entropy kernel's, the gradient written over the logits. When the sum of the losses is what is
 wanted (`ahead`), the gradients are taken at once: three products in all, as without chunks, where
-taking them later would need the logits a second time.
+taking them later would need the logits a second time. `ops`: the namespace of a backend's kernels,
+torch.ops.fastattn_cpu for one.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Gradients:
 
 
 def forward(
+    ops: Any,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -64,7 +66,6 @@ def forward(
     *scalars: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *spec, ahead = scalars
-    ops = torch.ops.fastattn_cpu
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     gradients = Gradients(hidden, weight, bias, ahead)
     for rows in chunks(hidden.shape[0], weight.shape[0]):
@@ -78,6 +79,7 @@ def forward(
 
 
 def backward(
+    ops: Any,
     dloss: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -92,7 +94,6 @@ def backward(
     if ahead:  # of the sum of the losses: every row has the same dloss, and no rows have 0
         scale = dloss[:1].sum()
         return tuple((g * scale).to(g.dtype) for g in (ahead_hidden, ahead_weight, ahead_bias))  # type: ignore[return-value]
-    ops = torch.ops.fastattn_cpu
     gradients = Gradients(hidden, weight, bias, needs)
     for rows in chunks(hidden.shape[0], weight.shape[0]):
         logits = product(hidden[rows], weight, bias)
