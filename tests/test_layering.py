@@ -1,4 +1,4 @@
-"""Imports go one way: kernels <- registry <- ops <- nn <- models <- verify, train <- cli."""
+"""Imports go one way: kernels <- emulate <- registry <- ops <- nn <- models <- verify, train <- cli."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import fastattn
 
 PACKAGE = Path(fastattn.__file__).parent
-LAYERS = ["kernels", "registry", "ops", "nn", "models", "verify", "train", "cli"]
+LAYERS = ["kernels", "emulate", "registry", "ops", "nn", "models", "verify", "train", "cli"]
 
 
 def imported_modules(path: Path) -> set[str]:
