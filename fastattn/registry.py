@@ -49,7 +49,6 @@ class Call(NamedTuple):
 
 _kernels: dict[tuple[str, str], Kernel] = {}
 _unusable: dict[str, str] = {
-    "triton": "no Triton kernel is written yet",
     "cuda": "no CUDA kernel is written yet",
 }
 _forced: str | None = None

@@ -1,5 +1,6 @@
 """The commands as a user runs them: what they print, and how they exit."""
 
+import importlib.util
 import json
 
 import pytest
@@ -18,7 +19,7 @@ def run(*arguments):
 def test_info():
     done = run("info")
     assert done.exit_code == 0
-    assert "reference" in done.stdout and "no Triton kernel" in done.stdout
+    assert "reference" in done.stdout and "no CUDA kernel" in done.stdout
     found = json.loads(run("info", "--json").stdout)
     assert {b["name"] for b in found["backends"]} == {"reference", "cpu", "triton", "cuda"}
     assert any(i["in_use"] for i in found["instruction_sets"])
@@ -29,11 +30,9 @@ def test_verify_prints_a_table_and_one_closing_line():
     done = run("verify", "--operator", "softmax")
     assert done.exit_code == 0
     assert "worst error over allowance" in done.stdout
-    assert (
-        done.stdout.strip()
-        .splitlines()[-1]
-        .startswith("fastattn verify: 90 passed, 0 failed, 0 declined")
-    )
+    last = done.stdout.strip().splitlines()[-1]
+    count = 90 if importlib.util.find_spec("triton") is None else 93  # with a sample, emulated
+    assert last.startswith(f"fastattn verify: {count} passed, 0 failed, 0 declined")
 
 
 def test_verify_json_is_json():

@@ -29,6 +29,9 @@ def verify(
     dtype: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(NAMED)}; may repeat.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where tensors lie; on the CPU, GPU kernels are emulated.")
+    ] = "cpu",
     text: Annotated[
         str | None, typer.Option(help="Text to train on; else Python's documentation.")
     ] = None,
@@ -44,9 +47,10 @@ def verify(
         dtypes = [known_dtype(name) for name in dtype or NAMED]
         for name in backend or ():
             registry.check_name("verify", name)
+        known_device(device)
         if text is not None and not Path(text).is_file():
             raise ValueError(f"there is no file {text}")
-        report = with_progress(quick, backend or [], operator or [], dtypes, text)
+        report = with_progress(quick, backend or [], operator or [], dtypes, text, device)
     except ValueError as error:
         sentence = str(error).removeprefix("verify: ")
         typer.echo(f"fastattn verify: {sentence}", err=True)
@@ -69,18 +73,28 @@ def known_dtype(name: str) -> torch.dtype:
     return NAMED[name]
 
 
+def known_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
+
+
 def with_progress(
     quick: bool,
     backends: list[str],
     operators: list[str],
     dtypes: list[torch.dtype],
     text: str | None,
+    device: str,
 ) -> Report:
     columns = (TextColumn("{task.description:45}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         return run_verify(
             operators=operators, backends=backends, dtypes=dtypes, quick=quick, text=text,
+            device=device,
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )  # fmt: skip
 

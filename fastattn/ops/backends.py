@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import NamedTuple
 
 import torch
@@ -27,4 +28,9 @@ def backends() -> list[Backend]:
 def version(name: str) -> str:
     if name == "cpu":
         return f"C++ kernels for {native.isa()}, {torch.get_num_threads()} threads"
+    if name == "triton":
+        where = (
+            "" if torch.cuda.is_available() or torch.xpu.is_available() else ", emulated on the CPU"
+        )
+        return f"Triton {metadata.version('triton')}{where}"
     return f"PyTorch {torch.__version__}"

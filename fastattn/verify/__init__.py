@@ -16,6 +16,8 @@ from .cases import CASES, Case
 from .judge import DTYPES, Verdict, judge
 from .models import ModelReport, check_models, read_text
 
+# backends whose kernels are for GPUs: on the CPU the same kernels run in emulation, slowly
+EMULATED = ("triton", "cuda")
 Progress = Callable[[str, float], None]
 
 
@@ -23,6 +25,7 @@ Progress = Callable[[str, float], None]
 class Report:
     """Everything that one run found."""
 
+    device: str = "cpu"
     verdicts: list[Verdict] = field(default_factory=list)
     models: list[ModelReport] = field(default_factory=list)
     seconds: float = 0.0
@@ -60,6 +63,7 @@ class Report:
             "torch": torch.__version__,
             "instruction_set": native.isa() if registry.usable()["cpu"] is None else None,
             "threads": torch.get_num_threads(),
+            "device": self.device,
             **self.counts,
             "seconds": self.seconds,
             "operators": [
@@ -91,26 +95,47 @@ def run_verify(
     dtypes: Sequence[torch.dtype] = DTYPES,
     quick: bool = False,
     text: str | None = None,
+    device: str = "cpu",
     progress: Progress = lambda what, share: None,
 ) -> Report:
-    """All cases of these operators on these usable backends (all by default), then the models unless
-    only some operators are asked for. quick: every fourth case, and no models."""
+    """All cases of these operators on these backends, then the models unless only some operators are
+    asked for. quick: every fourth case, and no models. By default all backends that are usable on the
+    device; one that the CPU only emulates then runs a sample, a case for each operator and dtype.
+    """
     start = time.perf_counter()
-    report = Report()
+    report = Report(device)
     cases = selected(operators, quick)
-    usable = [name for name, reason in registry.usable().items() if reason is None]
-    names = list(backends) or usable
+    names = list(backends) or serving(device)
     with_models = not operators and not quick
     if with_models:
         read_text(text)  # what is wrong with it is better said before the cases
     for at, case in enumerate(cases):
         progress(f"{case.operator}: {case.feature}", at / len(cases))
-        for dtype in dtypes:
-            report.verdicts += [judge(case, dtype, backend) for backend in names]
+        for at_dtype, dtype in enumerate(dtypes):
+            report.verdicts += [
+                judge(case, dtype, name, device)
+                for name in names
+                if backends or device != "cpu" or name not in EMULATED or in_sample(case, at_dtype)
+            ]
     if with_models:
         report.models = check_models(text, progress)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def serving(device: str) -> list[str]:
+    """The backends that have kernels for tensors of this device."""
+    usable = [name for name, reason in registry.usable().items() if reason is None]
+    if torch.device(device).type == "cpu":
+        return usable
+    return [name for name in usable if name != "cpu"]
+
+
+def in_sample(case: Case, at_dtype: int) -> bool:
+    """One case of each operator in each dtype, another for every dtype; of attention, the one with all
+    features as well."""
+    own = [c for c in CASES if c.operator == case.operator]
+    return case is own[at_dtype % len(own)] or case.name == "everything"
 
 
 def selected(operators: Sequence[str], quick: bool) -> list[Case]:

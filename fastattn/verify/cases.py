@@ -117,7 +117,7 @@ def attention(
             key, value = (poisoned(t, x["key_lengths"]) for t in (key, value))
         common = {**options, **rest, "return_lse": True, "generator": generator, "backend": backend}
         if seqlens is not None:
-            starts = [torch.tensor((0, *s)).cumsum(0) for s in seqlens]
+            starts = [torch.tensor((0, *s), device=query.device).cumsum(0) for s in seqlens]
             return fa.attention_varlen(query, key, value, starts[0], starts[1], **common)
         return fa.attention(query, key, value, **common)
 
@@ -138,7 +138,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 def poisoned(x: Tensor, lengths: Tensor) -> Tensor:
     """NaN in keys past the lengths: nothing may leak."""
-    past = torch.arange(x.shape[2]) >= lengths[:, None]
+    past = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]
     return x.masked_fill(past[:, None, :, None], torch.nan)
 
 
@@ -297,7 +297,10 @@ def softmax_cases() -> Iterator[Case]:
     def case(
         feature: str, name: str, shape: tuple[int, ...], mask: Tensor | None = None, **options: Any
     ) -> Case:
-        call = lambda x, b, g: fa.softmax(x["x"], mask=mask, backend=b, **options)  # noqa: E731
+        def call(x: Inputs, b: Any, g: Any) -> Any:
+            there = None if mask is None else mask.to(x["x"].device)
+            return fa.softmax(x["x"], mask=there, backend=b, **options)
+
         return rows_case("softmax", feature, name, {"x": shape}, call)
 
     generator = torch.Generator().manual_seed(0)
@@ -319,7 +322,11 @@ def loss_cases() -> Iterator[Case]:
     ) -> Case:
         target = torch.randint(0, V, (R,), generator=torch.Generator().manual_seed(V))
         target[R // 2] = options.get("ignore_index", -100)
-        call = lambda x, b, g: fa.cross_entropy(x["logits"], target, backend=b, **options)  # noqa: E731
+
+        def call(x: Inputs, b: Any, g: Any) -> Any:
+            logits = x["logits"]
+            return fa.cross_entropy(logits, target.to(logits.device), backend=b, **options)
+
         return rows_case("cross_entropy", feature, name, {"logits": (R, V)}, call, size=size)
 
     for V in (1, 7, 50, 1000, 50257):
@@ -336,7 +343,12 @@ def loss_cases() -> Iterator[Case]:
         target[4] = -100
         shapes: dict[str, tuple[int, ...]] = {"hidden": (9, 16), "weight": (50, 16)}
         shapes |= {"bias": (50,)} if bias else {}
-        call = lambda x, b, g: fa.linear_cross_entropy(**x, target=target, backend=b, **options)  # noqa: E731
+
+        def call(x: Inputs, b: Any, g: Any) -> Any:
+            there = target.to(x["hidden"].device)
+            named: dict[str, Any] = {**x, "target": there, "backend": b}
+            return fa.linear_cross_entropy(**named, **options)
+
         return rows_case("linear_cross_entropy", feature, name, shapes, call)
 
     yield linear("plain", "mean")
@@ -386,7 +398,10 @@ def rotary_cases() -> Iterator[Case]:
             def call(
                 x: Inputs, b: Any, g: Any, interleaved: bool = interleaved, at: Any = at
             ) -> Any:
-                return fa.rotary(x["x"], cos, sin, interleaved=interleaved, positions=at, backend=b)
+                device = x["x"].device
+                there = None if at is None else at.to(device)
+                return fa.rotary(x["x"], cos.to(device), sin.to(device), interleaved=interleaved,
+                                 positions=there, backend=b)  # fmt: skip
 
             yield rows_case("rotary", kind, name, {"x": (2, 3, 5, D)}, call)
 

@@ -43,6 +43,7 @@ class Verdict:
     case: Case
     dtype: torch.dtype
     backend: str
+    device: str = "cpu"
     errors: tuple[tuple[str, float], ...] = ()
     declined: str | None = None
 
@@ -61,52 +62,59 @@ class Verdict:
     def explain(self) -> str:
         wrong = ", ".join(f"{n}: {r:.3g} times the allowance" for n, r in self.errors if not r <= 1)
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.case.id} in {dtype} on {self.backend}: {wrong}"
+        where = "" if self.device == "cpu" else f", tensors on {self.device}"
+        return f"{self.case.id} in {dtype} on {self.backend}{where}: {wrong}"
 
 
-def judge(case: Case, dtype: torch.dtype, backend: str) -> Verdict:
-    """Runs a case on a backend and holds it to the rule."""
+def judge(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> Verdict:
+    """Runs a case on a backend, its tensors on a device, and holds it to the rule."""
     try:
-        found = run(case, dtype, backend)
+        found = run(case, dtype, backend, device)
     except ValueError as error:
         if "cannot take this call" not in str(error):
             raise
-        return Verdict(case, dtype, backend, declined=str(error))
-    truth, naive = baselines(case, dtype)
+        return Verdict(case, dtype, backend, device, declined=str(error))
+    truth, naive = baselines(case, dtype, device)
     errors = tuple((name, ratio(found[name], truth[name], naive[name], dtype)) for name in truth)
-    return Verdict(case, dtype, backend, errors)
+    return Verdict(case, dtype, backend, device, errors)
 
 
 @functools.lru_cache(maxsize=4)
-def baselines(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The fp64 truth, and the naive result in dtype."""
-    truth = run(case, dtype, "reference", exact=True)
+def baselines(
+    case: Case, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The fp64 truth, and the naive result in dtype. On the device itself, whose generator it is that
+    dropout's seed is drawn from."""
+    truth = run(case, dtype, "reference", device, exact=True)
     with arithmetic_in(dtype):
-        return truth, run(case, dtype, "reference")
+        return truth, run(case, dtype, "reference", device)
 
 
-def run(case: Case, dtype: torch.dtype, backend: str, exact: bool = False) -> dict[str, Tensor]:
-    """Outputs, and the gradients ("d name") of a fixed random function of them; exact: in fp64, from
-    inputs rounded to dtype."""
+def run(
+    case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", exact: bool = False
+) -> dict[str, Tensor]:
+    """Outputs, and the gradients ("d name") of a fixed random function of them, on the CPU; exact: in
+    fp64, from inputs rounded to dtype."""
     inputs = {}
     for name, x in case.inputs().items():
+        x = x.to(device)
         if x.is_floating_point():
             x = x.to(torch.float32 if name in case.keep else dtype)
             x = (x.double() if exact else x).requires_grad_()
         inputs[name] = x
-    outputs = case.call(inputs, backend, torch.Generator().manual_seed(7))
+    outputs = case.call(inputs, backend, torch.Generator(device).manual_seed(7))
     generator = torch.Generator().manual_seed(8)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     for out in outputs:
         # by the truth's shape and seed: the same function for every backend
-        weight = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+        weight = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(device)
         finite = torch.where(out.detach().isinf(), 0.0, out.double())
         loss = loss + (finite * weight).sum()
     leaves = {name: x for name, x in inputs.items() if x.requires_grad}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    result = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    result = {f"output {i}": out.detach().cpu() for i, out in enumerate(outputs)}
     for (name, x), grad in zip(leaves.items(), grads, strict=True):
-        result[f"d {name}"] = torch.zeros_like(x) if grad is None else grad
+        result[f"d {name}"] = (torch.zeros_like(x) if grad is None else grad).detach().cpu()
     return result
 
 

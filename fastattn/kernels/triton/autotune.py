@@ -1,0 +1,116 @@
+"""Times a handful of configurations of each attention kernel on the GPU at hand, for tune.py to use.
+
+    python -c "from fastattn.kernels.triton.autotune import autotune; print(autotune('cuda'))"
+
+writes the fastest into the user's table, tune.user_path, which every later process reads when it
+launches its first kernel. A configuration decides the order of summation, so results change in their
+last bits when the table does, and only then.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tune
+from .tune import Config, Key
+
+Timer = Callable[[Callable[[], Any]], float]
+LENGTH = 4096
+HEADS = (64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float32)  # fp16 has bf16's rows
+
+
+def autotune(
+    device: str | torch.device = "cuda",
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    head_dims: Sequence[int] = HEADS,
+    timer: Timer | None = None,
+) -> Path:
+    """Tries the neighbours of each committed configuration, and writes those that were faster.
+
+    timer: milliseconds of a call; without one, triton.testing.do_bench.
+    """
+    timer = timer or milliseconds
+    found: dict[Key, Config] = {}
+    for dtype, D in itertools.product(dtypes, head_dims):
+        for kernel, modified, call in calls(torch.device(device), dtype, D):
+            key = tune.key_of(kernel, dtype, D, modified)
+            found[key] = fastest(key, call, timer)
+    path = tune.user_path(tune.target())
+    tune.write_users_table(path, found)
+    tune.configs.cache_clear()
+    return path
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    import triton
+
+    return float(triton.testing.do_bench(call))
+
+
+def fastest(key: Key, call: Callable[[], Any], timer: Timer) -> Config:
+    """The one in the table, unless another is 2 % faster."""
+    table, given = tune.configs(), tune.configs()[key]
+    best, least = given, timer(call)
+    try:
+        for config in neighbours(given):
+            table[key] = config
+            try:
+                took = timer(call)
+            except RuntimeError:  # it does not fit the chip, or does not compile
+                continue
+            if took < 0.98 * least:
+                best, least = config, took
+    finally:
+        table[key] = best
+    return best
+
+
+def neighbours(given: Config) -> Iterator[Config]:
+    """Half and twice each number, one at a time; at least 16 to a block, 4 to 8 warps."""
+    for name, low, high in (
+        ("block_m", 16, 128), ("block_n", 16, 128), ("warps", 4, 8), ("stages", 1, 4),
+    ):  # fmt: skip
+        value = getattr(given, name)
+        steps = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
+        for step in steps:
+            if low <= step <= high:
+                yield given._replace(**{name: step})
+
+
+def calls(
+    device: torch.device, dtype: torch.dtype, D: int
+) -> Iterator[tuple[str, bool, Callable[[], Any]]]:
+    """(kernel, modified, a call whose time is mostly that kernel's)."""
+    from .attention_bwd import attention_bwd
+    from .attention_fwd import attention_fwd
+
+    query, key, value, dout = (
+        torch.randn(2, 16, LENGTH, D, device=device, dtype=dtype) for _ in range(4)
+    )
+    for modified in (False, True):
+        spec = (D**-0.5, True, None, None, 30.0 if modified else 0.0, 0.0, False, 0, 0)
+        inputs = (query, key, value, *[None] * 9)
+        yield "attention_fwd", modified, lambda i=inputs, s=spec: attention_fwd(*i, *s)
+        results = attention_fwd(*inputs, *spec)
+        for kernel, needs in (("attention_bwd_keys", 0b110), ("attention_bwd_queries", 0b001)):
+            yield kernel, modified, backward(attention_bwd, dout, inputs, results, spec, needs)
+    bias = torch.zeros(1, 16, LENGTH, LENGTH, device=device, dtype=dtype)
+    inputs, spec = (query, key, value, bias, *[None] * 8), (D**-0.5, True, *spec[2:4], 0.0, *spec[5:])
+    results = attention_fwd(*inputs, *spec)
+    call = backward(attention_bwd, dout, inputs, results, spec, 0b1000)
+    yield "attention_bwd_bias", False, call
+
+
+def backward(
+    launch: Callable[..., Any], dout: Tensor, inputs: tuple[Any, ...], results: tuple[Tensor, ...],
+    spec: tuple[Any, ...], needs: int,
+) -> Callable[[], Any]:  # fmt: skip
+    return lambda: launch(dout, None, *inputs, *results, *spec, needs)

@@ -1,0 +1,184 @@
+"""Configurations of the attention kernels: a table for each family of targets, and the user's own.
+
+None was timed on a GPU yet. Rows were chosen by compiling (fastattn compile): nothing spills where that
+can be had, shared memory fits the smallest chip of the family, and of what is left the lowest estimate
+of cycles. What a call gets depends on target, dtype, head dimension, features and Sq alone, never on
+the batch, the heads or a timing while it runs: so its bits do not either.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    specialised: bool = False  # warps of their own for loads and products (sm_100)
+
+
+class Key(NamedTuple):
+    """A row of a table, and its column: head dimensions up to 64, up to 128, and above."""
+
+    kernel: str
+    bits: int  # of an element: 16 or 32
+    head: int  # 64, 128 or 256
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.bits} {self.head}"
+
+
+# keys of a split of decoding: long enough to hide its own start
+SPLIT_KEYS = 512
+# up to this many queries a block is 16 rows: one, or the four heads of a group
+DECODE_QUERIES = 4
+# up to this many, 64 rows
+SHORT_QUERIES = 64
+
+C = Config
+Row = tuple[Config, Config, Config]
+
+
+def same(config: Config) -> Row:
+    return config, config, config
+
+
+# TABLES-BEGIN
+SMALL: dict[tuple[str, int], Row] = {
+    (kernel + form, bits): same(C(32, 32, 4, 2))
+    for kernel in (
+        "attention_fwd",
+        "attention_bwd_keys",
+        "attention_bwd_queries",
+        "attention_bwd_bias",
+    )
+    for form in ("", " featured", " few")
+    for bits in (16, 32)
+}
+TABLES = dict.fromkeys(
+    ("emulated", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"), SMALL
+)
+# TABLES-END
+
+
+@functools.cache
+def target() -> str:
+    """emulated, sm_80, sm_90, ..., gfx942, ...: what Triton compiles for in this process."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return "emulated"
+    import triton
+
+    found = triton.runtime.driver.active.get_current_target()
+    return f"sm_{found.arch}" if found.backend == "cuda" else str(found.arch)
+
+
+def family(name: str) -> str:
+    """The table that serves a target."""
+    if not name.startswith("sm_"):
+        return name if name in TABLES else "gfx942"
+    arch = int(name.removeprefix("sm_"))
+    return "sm_80" if arch < 90 else "sm_90" if arch < 100 else "sm_100" if arch < 120 else "sm_120"
+
+
+def has_descriptors() -> bool:
+    """TMA: from sm_90 on. Before it, and on AMD, the compiler makes slow pointer code of descriptors."""
+    return target().startswith("sm_") and int(target().removeprefix("sm_")) >= 90
+
+
+# ---- choosing -----------------------------------------------------------------------------------
+
+
+def attention_fwd(dtype: torch.dtype, D: int, Sq: int | None, modified: bool) -> Config:
+    """Sq: None where it is unknown."""
+    if Sq is not None and Sq <= DECODE_QUERIES:
+        return choose("attention_fwd few", dtype, D)
+    config = choose("attention_fwd", dtype, D, modified)
+    if Sq is not None and Sq <= SHORT_QUERIES and config.block_m > 64:
+        config = config._replace(block_m=64, warps=min(config.warps, 4))
+    return config
+
+
+def attention_rows(DV: int) -> Config:
+    return Config(32, 0, 4, 1)
+
+
+def choose(kernel: str, dtype: torch.dtype, D: int, modified: bool = False) -> Config:
+    """modified: with features that change scores or weights, which take registers."""
+    return configs()[key_of(kernel, dtype, D, modified)]
+
+
+def key_of(kernel: str, dtype: torch.dtype, D: int, modified: bool = False) -> Key:
+    head = 64 if D <= 64 else 128 if D <= 128 else 256
+    return Key(f"{kernel} featured" if modified else kernel, 8 * dtype.itemsize, head)
+
+
+@functools.cache
+def configs() -> dict[Key, Config]:
+    """What this process chooses from: the committed table of its target, then the user's."""
+    found = {
+        Key(kernel, bits, head): config
+        for (kernel, bits), row in TABLES[family(target())].items()
+        for head, config in zip((64, 128, 256), row, strict=True)
+    }
+    if target() != "emulated":
+        found |= users_table(user_path(target()))
+    return found
+
+
+# ---- the user's table ---------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """FASTATTN_CACHE, or fastattn in the platform's folder for caches."""
+    given = os.environ.get("FASTATTN_CACHE")
+    if given:
+        return Path(given)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "fastattn"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "fastattn"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+
+
+def user_path(target: str) -> Path:
+    return cache_folder() / f"tune-{target}.json"
+
+
+def users_table(path: Path) -> dict[Key, Config]:
+    """What autotune wrote; with a warning nothing, where the file is not such a table."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(entry(key, value) for key, value in json.loads(path.read_text()).items())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"fastattn: {path} is ignored, it is no table of configurations: {error}", stacklevel=2
+        )
+        return {}
+
+
+def entry(key: str, value: Any) -> tuple[Key, Config]:
+    kernel, bits, head = key.rsplit(" ", 2)
+    found, config = Key(kernel, int(bits), int(head)), Config(*value)
+    if (kernel, found.bits) not in TABLES["sm_80"] or found.head not in (64, 128, 256):
+        raise ValueError(f"there is no kernel {key!r}")
+    if not all(isinstance(x, int) and x > 0 and x & (x - 1) == 0 for x in config[:3]):
+        raise ValueError(f"blocks and warps must be powers of 2, got {value} for {key!r}")
+    return found, config
+
+
+def write_users_table(path: Path, table: dict[Key, Config]) -> None:
+    """Adds to what is there already."""
+    rows = {str(key): list(config) for key, config in (users_table(path) | table).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")

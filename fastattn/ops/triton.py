@@ -1,0 +1,70 @@
+"""What the Triton kernels honour, operator by operator. Their launchers are imported at the first call."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import emulate, registry
+from ..kernels import triton as kernels
+from . import activation, attention, cross_entropy, losses, norm, rotary, softmax
+from .operator import Operator
+
+KERNELS: list[tuple[Operator, frozenset[str]]] = [
+    (attention.OPERATOR, attention.FEATURES),
+    (norm.OPERATOR, norm.FEATURES),
+    (softmax.OPERATOR, softmax.FEATURES),
+    (cross_entropy.OPERATOR, frozenset()),
+    (activation.GELU, frozenset({"bias"})),
+    (activation.GLU, frozenset()),
+    (rotary.OPERATOR, frozenset({"positions"})),
+]
+DEVICES = ("CPU", "CUDA", "XPU")
+WIDEST = 256  # channels of a head: more would not fit the registers of a block
+# of the data in a call's arguments; on a GPU a check would wait for it
+CHECKS: dict[str, Callable[..., None]] = {
+    "attention_fwd": attention.check_data,
+    "cross_entropy_fwd": cross_entropy.check_data,
+    "rotary_fwd": rotary.check_data,
+}
+
+
+def attention_declines(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:
+    widest = max(query.shape[-1], value.shape[-1])
+    return f"heads of up to {WIDEST} channels, got {widest}" if widest > WIDEST else None
+
+
+def run(name: str, *arguments: Any) -> Any:
+    """The launcher, here on a GPU's tensors and in the interpreting process on a CPU's."""
+    on_cpu = all(x.device.type == "cpu" for x in arguments if isinstance(x, Tensor))
+    if on_cpu:
+        if name in CHECKS:
+            CHECKS[name](*arguments)
+        return emulate.call(f"{kernels.__name__}.{kernels.LAUNCHERS[name]}:{name}", *arguments)
+    return kernels.launcher(name)(*arguments)
+
+
+def bind() -> None:
+    if importlib.util.find_spec("triton") is None:
+        registry.mark_unusable("triton", "Triton is not installed: pip install 'fastattn[triton]'")
+        return
+    for operator, features in KERNELS:
+        primitive = operator.bind("triton")
+        for way in ("fwd", "bwd"):
+            name = f"{operator.name}_{way}"
+            torch.library.impl(f"fastattn_triton::{name}", DEVICES, functools.partial(run, name))
+        kernel = registry.Kernel(primitive, features)
+        if operator is attention.OPERATOR:
+            kernel = kernel._replace(declines=attention_declines)
+        registry.register(operator.name, "triton", kernel)
+    losses.bind("triton", DEVICES)
+    name = "cross_entropy_bwd_"
+    torch.library.impl(f"fastattn_triton::{name}", DEVICES, functools.partial(run, name))
+
+
+bind()
