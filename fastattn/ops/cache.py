@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from . import checks
+from . import checks, dispatch
 from .attention import Options, prepare, run
 from .rotary import rotary as rotate
 
@@ -114,6 +114,7 @@ class KVCache:
         rotary: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, bool] | None = None,
         *,
         new_lengths: Sequence[int] | Tensor | None = None,
+        backend: str | None = None,
     ) -> None:
         """Adds S tokens to every sequence, in place. key (B, Hkv, S, D), value (B, Hkv, S, Dv).
 
@@ -127,10 +128,11 @@ class KVCache:
         if new_lengths is not None:
             counts = integers("KVCache.append", "new_lengths", new_lengths)
         self._check_counts(counts, S)
-        if rotary is not None:
-            key = self._turned(key, rotary, counts)
+        tables = None if rotary is None else self._checked_tables(rotary, counts)
+        arguments = (self, key, value, counts, tables)
+        call = dispatch.request("cache_append", key, [], arguments, name="KVCache.append")
         with torch.no_grad():
-            self._write(key, value, counts)
+            dispatch.run(call, backend)
         self._set_lengths([h + n for h, n in zip(self._held, counts, strict=True)])
 
     def trim(self, lengths: int | Sequence[int] | Tensor) -> None:
@@ -180,6 +182,37 @@ class KVCache:
             self._pool.users[page] += 1
         return new
 
+    def __copy__(self) -> KVCache:
+        return self.fork(range(len(self._held)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        new = self.fork(range(len(self._held)))
+        if self.page_size is not None:
+            shared = [page for pages in new._pages for page in pages]
+            new._take_own_pool()
+            for page in shared:
+                self._pool.users[page] -= 1
+        return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickle, whose pool counts users that may not have come along."""
+        self.__dict__.update(state)
+        if self.page_size is not None:
+            self._take_own_pool()
+
+    def _take_own_pool(self) -> None:
+        """Copies the pages held into memory that no other cache knows."""
+        assert self.page_table is not None
+        old, size = self._pool, self.page_table.numel()
+        _, rows, kv_heads, D = old.key.shape
+        options = {"dtype": old.key.dtype, "device": old.key.device}
+        self._pool = Pages(size, (rows, kv_heads), (D, old.value.shape[-1]), options)
+        for b, pages in enumerate(self._pages):
+            for slot, page in enumerate(pages):
+                pages[slot] = new = self._pool.take()
+                self._pool.key[new], self._pool.value[new] = old.key[page], old.value[page]
+                self.page_table[b, slot] = new
+
     def __del__(self) -> None:
         for page in (page for pages in getattr(self, "_pages", ()) for page in pages):
             self._pool.users[page] -= 1
@@ -210,26 +243,39 @@ class KVCache:
                     f"and cannot take {new} more; make a longer cache, trim or reset"
                 )
 
-    def _turned(self, key: Tensor, rotary: Any, counts: list[int]) -> Tensor:
-        """Keys by rotary at the positions that they take."""
+    def _checked_tables(self, rotary: Any, counts: list[int]) -> tuple[Tensor, Tensor, bool]:
+        """(cos, sin, interleaved) that reach as far as the new tokens do."""
+        name = "KVCache.append"
         if not isinstance(rotary, (tuple, list)) or len(rotary) not in (2, 3):
             raise TypeError(
-                f"KVCache.append: rotary must be (cos, sin) or (cos, sin, interleaved), "
+                f"{name}: rotary must be (cos, sin) or (cos, sin, interleaved), "
                 f"got {checks.shown(rotary)}"
             )
         cos, sin, *interleaved = rotary
-        checks.is_tensor("KVCache.append", cos=cos, sin=sin)
-        checks.has_dims("KVCache.append", "cos", cos, 2, layout="(P, R / 2)")
+        checks.is_tensor(name, cos=cos, sin=sin)
+        checks.is_float(name, cos=cos, sin=sin)
+        checks.has_dims(name, "cos", cos, 2, layout="(P, R / 2)")
+        checks.has_shape(name, "sin", sin, cos.shape, layout="cos's shape")
+        if 2 * cos.shape[1] > self.key.shape[-1]:
+            raise ValueError(
+                f"{name}: cos has more than D / 2 columns: {checks.described(cos=cos)}, {self!r}"
+            )
         end = max((h + n for h, n in zip(self._held, counts, strict=True) if n), default=0)
         if end > len(cos):
             raise ValueError(
-                f"KVCache.append: cos has {len(cos)} rows and the new tokens reach position {end - 1}"
+                f"{name}: cos has {len(cos)} rows and the new tokens reach position {end - 1}"
             )
-        positions = self.lengths[:, None] + torch.arange(key.shape[2], device=self.lengths.device)
-        positions = positions.clamp(max=max(len(cos) - 1, 0))  # of tokens that do not count
-        return rotate(
-            key, cos, sin, positions=positions, interleaved=interleaved[0] if interleaved else False
-        )
+        turned = interleaved[0] if interleaved else False
+        checks.is_flag(name, interleaved=turned)
+        return cos, sin, turned
+
+    def take_pages(self, counts: list[int]) -> None:
+        """Of a paged cache: pages of its own under the next counts[b] tokens of every sequence."""
+        if self.page_size is None:
+            return
+        for b, (held, n) in enumerate(zip(self._held, counts, strict=True)):
+            for slot in range(held // self.page_size, -(-(held + n) // self.page_size) if n else 0):
+                self._writable_page(b, slot)
 
     def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
         uniform = len(set(self._held)) <= 1 and len(set(counts)) <= 1
@@ -247,11 +293,11 @@ class KVCache:
 
     def _write_pages(self, b: int, key: Tensor, value: Tensor) -> None:
         """key, value (n, Hkv, D) behind what sequence b holds, page by page."""
-        assert self.page_size is not None and self.page_table is not None
+        assert self.page_size is not None
         at, done = self._held[b], 0
         while done < len(key):
             slot, inside = divmod(at + done, self.page_size)
-            page = self._writable_page(b, slot)
+            page = self._pages[b][slot]
             n = min(self.page_size - inside, len(key) - done)
             self.key[page, inside : inside + n] = key[done : done + n]
             self.value[page, inside : inside + n] = value[done : done + n]
@@ -273,6 +319,28 @@ class KVCache:
     def _set_lengths(self, lengths: list[int]) -> None:
         self._held = lengths
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+
+
+def append_plain(
+    cache: KVCache,
+    key: Tensor,
+    value: Tensor,
+    counts: list[int],
+    tables: tuple[Tensor, Tensor, bool] | None,
+) -> None:
+    """KVCache.append after its checks, in plain PyTorch and the rotary operator."""
+    if tables is not None:
+        cos, sin, interleaved = tables
+        at = cache.lengths[:, None] + torch.arange(key.shape[2], device=cache.lengths.device)
+        at = at.clamp(max=max(len(cos) - 1, 0))  # of tokens that do not count
+        key = rotate(key, cos, sin, positions=at, interleaved=interleaved)
+    cache.take_pages(counts)
+    cache._write(key, value, counts)
+
+
+registry.register(
+    "cache_append", "reference", registry.Kernel(append_plain, frozenset(), registry.ALL_FLOATS)
+)
 
 
 def attention_decode(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import emulate, registry
 from ..kernels import triton as kernels
-from . import activation, attention, cross_entropy, losses, norm, rotary, softmax
+from . import activation, attention, cache, cross_entropy, losses, norm, rotary, softmax
 from .operator import Operator
 
 KERNELS: list[tuple[Operator, frozenset[str]]] = [
@@ -49,6 +49,21 @@ def run(name: str, *arguments: Any) -> Any:
     return kernels.launcher(name)(*arguments)
 
 
+def append(
+    store: cache.KVCache,
+    key: Tensor,
+    value: Tensor,
+    counts: list[int],
+    tables: tuple[Tensor, Tensor, bool] | None,
+) -> None:
+    """KVCache.append after its checks: keys are turned on their way into the cache."""
+    store.take_pages(counts)
+    cos, sin, interleaved = tables or (None, None, False)
+    new = torch.tensor(counts, dtype=torch.int32, device=key.device)
+    run("cache_append_", store.key, store.value, key, value, store.lengths, new, store.page_table, cos,
+        sin, interleaved)  # fmt: skip
+
+
 def bind() -> None:
     if importlib.util.find_spec("triton") is None:
         registry.mark_unusable("triton", "Triton is not installed: pip install 'fastattn[triton]'")
@@ -62,6 +77,7 @@ def bind() -> None:
         if operator is attention.OPERATOR:
             kernel = kernel._replace(declines=attention_declines)
         registry.register(operator.name, "triton", kernel)
+    registry.register("cache_append", "triton", registry.Kernel(append, frozenset()))
     losses.bind("triton", DEVICES)
     name = "cross_entropy_bwd_"
     torch.library.impl(f"fastattn_triton::{name}", DEVICES, functools.partial(run, name))

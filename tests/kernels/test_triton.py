@@ -125,3 +125,27 @@ def test_decoding_over_a_cache(page_size, Sq, device):
         results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), q)])
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("page_size", [None, 4, 7])
+@pytest.mark.parametrize("channels", [0, 12, 16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_append_turns_keys_on_their_way(page_size, channels, interleaved, device):
+    """The kernel leaves in the cache what the definition does, in both layouts, for uneven sequences."""
+    torch.manual_seed(0)
+    k, v = (
+        torch.randn(2, 20, 2, 16, device=device).transpose(1, 2),
+        torch.randn(2, 2, 20, 12, device=device),
+    )
+    angles = torch.outer(torch.arange(60.0), 10.0 ** -torch.arange(channels / 2)).to(device)
+    rotary = (angles.cos(), angles.sin(), interleaved) if channels else None
+    stores = []
+    for backend in ("triton", "reference"):
+        cache = fa.KVCache(
+            2, 2, 16, max_length=40, page_size=page_size, value_head_dim=12, device=device
+        )
+        cache.append(k[:, :, :9], v[:, :, :9], new_lengths=[9, 5], backend=backend)
+        cache.append(k, v, rotary, new_lengths=[20, 13], backend=backend)
+        stores.append((cache.key, cache.value, cache.lengths))
+    for found, wanted in zip(*stores, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)

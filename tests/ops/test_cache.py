@@ -1,6 +1,8 @@
 """KVCache and attention_decode against attention over what was appended; merge against the whole."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -175,3 +177,27 @@ def test_merge_of_packed_parts_and_of_nothing():
     assert (out == 0).all() and (lse == -torch.inf).all()
     with pytest.raises(ValueError, match="merge: lses must be outs' shape without Dv"):
         fa.merge([torch.zeros(1, 1, 2, 4)], [torch.zeros(1, 1, 3)])
+
+
+@pytest.mark.parametrize("page_size", [None, 3])
+def test_copies_share_nothing_that_matters(page_size):
+    """A shallow copy is a fork; a deep one, and a pickle, has memory of its own and counts its pages."""
+    torch.manual_seed(0)
+    k = torch.randn(2, 1, 4, 8)
+    cache = fa.KVCache(2, 1, 8, max_length=9, page_size=page_size)
+    cache.append(k, k)
+    query = torch.randn(2, 1, 1, 8)
+    wanted = fa.attention_decode(query, cache)
+    for make in (copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))):
+        twin = make(cache)
+        twin.append(9 * k, k)
+        del twin
+        cache.append(5 * k[:, :, :1], k[:, :, :1])  # would take a page that a copy gave back
+        cache.trim(4)
+        assert torch.equal(fa.attention_decode(query, cache), wanted)
+    fork = cache.fork([0, 0])
+    alone = pickle.loads(pickle.dumps(fork))
+    assert torch.equal(fa.attention_decode(query, alone), fa.attention_decode(query, fork))
+    alone.reset()
+    if page_size is not None:
+        assert set(alone._pool.users) == {0}

@@ -14,6 +14,7 @@ from typing import Any
 LAUNCHERS = {
     "attention_fwd": "attention_fwd",
     "attention_bwd": "attention_bwd",
+    "cache_append_": "cache",
     "cross_entropy_fwd": "cross_entropy",
     "cross_entropy_bwd": "cross_entropy",
     "cross_entropy_bwd_": "cross_entropy",
