@@ -10,9 +10,7 @@ struct Curve {
   Vec value, slope;
 };
 
-FA_INLINE Vec sigmoid(Vec x) {
-  return splat(1.f) / (splat(1.f) + exp2(min(splat(126.f), x * splat(-kLog2e))));
-}
+FA_INLINE Vec sigmoid(Vec x) { return splat(1.f) / (splat(1.f) + exp(min(splat(kExpInf), -x))); }
 
 FA_INLINE Curve silu(Vec x) {
   const Vec s = sigmoid(x);
@@ -44,9 +42,9 @@ FA_INLINE Curve gelu_erf(Vec x) {
   p = fma(p, t, splat(0.37409196f));
   p = fma(p, t, splat(1.00002368f));
   p = fma(p, t, splat(-1.26551223f));
-  const Vec tail = splat(0.5f) * t * exp2(fma(-z, z, p) * splat(kLog2e));
+  const Vec tail = splat(0.5f) * t * exp(fma(-z, z, p));
   const Vec phi_cumulative = x < Vec{} ? tail : splat(1.f) - tail;
-  const Vec density = splat(0.3989422804014327f) * exp2(z * z * splat(-kLog2e));
+  const Vec density = splat(0.3989422804014327f) * exp(-z * z);
   return {x * phi_cumulative, fma(x, density, phi_cumulative)};
 }
 

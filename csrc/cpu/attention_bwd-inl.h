@@ -16,10 +16,9 @@ FA_INLINE int64_t padded(int64_t cols) { return cuts(cols, kLanes) * kLanes; }
 
 // A block of queries as the products want it: slots 0 and 1 of the scratch.
 struct BlockInputs {
-  float *queries, *douts;                      // QT (D x W) scaled, dOT (Dv x W), group after group
-  float *query_rows, *dout_rows;               // (rows x padded D), (rows x padded Dv)
-  float lse[kBlockRows], lse_low[kBlockRows];  // in the units of the scores, and what rounding left
-  float delta[kBlockRows];
+  float *queries, *douts;         // QT (D x W), dOT (Dv x W), group after group
+  float *query_rows, *dout_rows;  // (rows x padded D), (rows x padded Dv)
+  float lse[kBlockRows], lse_low[kBlockRows], delta[kBlockRows];
 };
 
 static void widen_block(
@@ -39,13 +38,8 @@ static void read_block(
   const int64_t lanes = kBlockRows;
   in->queries = thread_scratch(0, lanes * (args.D + args.Dv));
   in->douts = in->queries + lanes * args.D;
-  // the forward's factor and order of sums: P is only as right as its scores are the forward's, bit
-  // for bit; a rounding elsewhere (scale after the product) costs five times the error at logits of
-  // 100
-  const bool featured = is_featured(args);
-  const float factor = args.scale * (featured ? 1.f : kLog2e);
-  pack_block(block, groups, count, args.query, s, args.D, factor, in->queries);
-  pack_block(block, groups, count, grads.dout, s, args.Dv, 1.f, in->douts);
+  pack_block(block, groups, count, args.query, s, args.D, in->queries);
+  pack_block(block, groups, count, grads.dout, s, args.Dv, in->douts);
   if (rows) {
     in->query_rows = thread_scratch(1, lanes * (padded(args.D) + padded(args.Dv)));
     in->dout_rows = in->query_rows + lanes * padded(args.D);
@@ -53,16 +47,17 @@ static void read_block(
     widen_block(block, grads.dout, s, args.Dv, in->dout_rows);
   }
   for (int r = 0; r < block.vectors * kLanes; ++r) {
-    in->lse[r] = in->lse_low[r] = in->delta[r] = 0.f;
+    // P is 0 by an lse of +inf, whatever the scores are, in lanes that hold no row and in rows that
+    // see nothing
+    in->lse[r] = kInf;
+    in->lse_low[r] = in->delta[r] = 0.f;
     if (r >= block.rows) continue;
     const int64_t at =
         s.b * args.lse_batch + block.head[r] * args.lse_head + s.query_start + block.query[r];
-    // a row that sees nothing: its scores are all -inf, and any finite lse makes its P zero
-    // in two floats: rounded to one, a logit of 3500 would put an error of 1e-4 into P
-    double lse = args.lse[at] == -kInf ? 0. : (double)args.lse[at] + args.lse_low[at];
-    if (!featured) lse *= kLog2eExact;
-    in->lse[r] = (float)lse;
-    in->lse_low[r] = (float)(lse - in->lse[r]);
+    if (args.lse[at] == -kInf) continue;
+    // lse in two floats: rounded to one, a logit of 3500 would put an error of 1e-4 into P
+    in->lse[r] = args.lse[at];
+    in->lse_low[r] = args.lse_low[at];
     in->delta[r] = grads.delta[at];
   }
 }
@@ -86,9 +81,12 @@ static __attribute__((noinline)) void grade_tile(
     const TileGradients& out) {
   Vec ignored[NV] = {};
   const int64_t lane = group.lane, entries = n * NV * kLanes;
-  dot_rows<NV>(keys.data, keys.stride, n, in.queries + lane * args.D, args.D, out.weights, ignored);
+  // the forward's scores bit for bit: a rounding elsewhere is five times the error at logits of 100
   dot_rows<NV>(
-      values.data, values.stride, n, in.douts + lane * args.Dv, args.Dv, out.dscores, ignored);
+      keys.data, keys.stride, n, in.queries + lane * args.D, args.D, args.scale, out.weights,
+      ignored);
+  dot_rows<NV>(
+      values.data, values.stride, n, in.douts + lane * args.Dv, args.Dv, 1.f, out.dscores, ignored);
   if (is_featured(args)) modify_scores(args, block, group, s, key, n, out.weights, out.cap_slope);
   if (key < group.all.begin || key + n > group.all.end)
     hide_scores(block, group, key, n, out.weights);
@@ -96,7 +94,6 @@ static __attribute__((noinline)) void grade_tile(
     for (int64_t e = 0; e < entries; ++e) out.kept[e] = 1.f;
     drop_weights(args, block, group, s, key, n, out.kept);
   }
-  const Vec unit = splat(is_featured(args) ? kLog2e : 1.f);
   Vec lse[NV], lse_low[NV], delta[NV];
   for (int v = 0; v < NV; ++v) {
     lse[v] = load(in.lse + lane + v * kLanes);
@@ -106,7 +103,7 @@ static __attribute__((noinline)) void grade_tile(
   for (int64_t k = 0; k < n; ++k)
     FA_FOR (v, NV) {
       const int64_t at = (k * NV + v) * kLanes;
-      const Vec p = exp2((load(out.weights + at) - lse[v] - lse_low[v]) * unit);
+      const Vec p = exp(load(out.weights + at) - lse[v] - lse_low[v]);
       const Vec kept = args.dropout ? load(out.kept + at) : splat(1.f);
       store(out.weights + at, p * kept);
       store(out.dscores + at, p * (load(out.dscores + at) * kept - delta[v]));
@@ -410,8 +407,8 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
         out_rows[l] = offset_by(args.out.data, args.out.dtype, args.out.at(s.b, head, i));
         dout_rows[l] = offset_by(grads.dout.data, grads.dout.dtype, grads.dout.at(s.b, head, i));
       }
-      pack(args.out.dtype, out_rows, args.Dv, 1.f, outs, kLanes);
-      pack(grads.dout.dtype, dout_rows, args.Dv, 1.f, douts, kLanes);
+      pack(args.out.dtype, out_rows, args.Dv, outs, kLanes);
+      pack(grads.dout.dtype, dout_rows, args.Dv, douts, kLanes);
       Vec sum = {};
       for (int64_t d = 0; d < args.Dv; ++d)
         sum = fma(load(outs + d * kLanes), load(douts + d * kLanes), sum);

@@ -13,8 +13,8 @@ constexpr float kLowest = -3.4028234663852886e38f;
 
 // The running softmax of a block: slots 0 to 3 of the scratch.
 struct Softmax {
-  float *queries, *out;       // QT (D x W) and OT (Dv x W), group after group
-  float row_max[kBlockRows];  // log2 units, natural where featured
+  float *queries, *out;  // QT (D x W) and OT (Dv x W), group after group
+  float row_max[kBlockRows];
   float row_sum[kBlockRows];
 };
 
@@ -28,7 +28,8 @@ static __attribute__((noinline)) void attend(
   float* row_sum = state->row_sum + group.lane;
   for (int v = 0; v < NV; ++v) largest[v] = before[v] = load(row_max + v * kLanes);
   dot_rows<NV>(
-      keys.data, keys.stride, n, state->queries + group.lane * args.D, args.D, scores, largest);
+      keys.data, keys.stride, n, state->queries + group.lane * args.D, args.D, args.scale, scores,
+      largest);
 
   const bool edge = key < group.all.begin || key + n > group.all.end;
   if (kFeatured) modify_scores(args, block, group, s, key, n, scores, nullptr);
@@ -39,18 +40,15 @@ static __attribute__((noinline)) void attend(
       FA_FOR (v, NV) largest[v] = max(largest[v], load(scores + (k * NV + v) * kLanes));
   }
 
-  const Vec unit = splat(kFeatured ? kLog2e : 1.f);
   FA_FOR (v, NV) {
-    alpha[v] = exp2((before[v] - largest[v]) * unit);
+    alpha[v] = exp(before[v] - largest[v]);
     sums[v] = Vec{};
     store(row_max + v * kLanes, largest[v]);
   }
   for (int64_t k = 0; k < n; ++k)
     FA_FOR (v, NV) {
       float* at = scores + (k * NV + v) * kLanes;
-      Vec x = load(at) - largest[v];
-      if (kFeatured) x *= unit;
-      const Vec p = exp2(x);
+      const Vec p = exp(load(at) - largest[v]);
       sums[v] += p;
       store(at, p);
     }
@@ -86,14 +84,12 @@ static void block_rows(
 
 static void pack_block(
     const Block& block, const Group* groups, int count, const Heads& x, const Sequence& s,
-    int64_t cols, float factor, float* out) {
+    int64_t cols, float* out) {
   for (const Group* group = groups; group != groups + count; ++group)
     for (int v = 0; v < group->vectors; ++v) {
       void* rows[kLanes];
       block_rows(block, *group, v, x, s, rows);
-      pack(
-          x.dtype, rows, cols, factor, out + group->lane * cols + v * kLanes,
-          group->vectors * kLanes);
+      pack(x.dtype, rows, cols, out + group->lane * cols + v * kLanes, group->vectors * kLanes);
     }
 }
 
@@ -105,9 +101,7 @@ static void attend_block(
   const int64_t head = block.head[0] / (args.Hq / args.Hkv);
   state->queries = thread_scratch(0, kBlockRows * args.D);
   state->out = thread_scratch(1, kBlockRows * args.Dv);
-  pack_block(
-      block, groups, count, args.query, s, args.D, args.scale * (featured ? 1.f : kLog2e),
-      state->queries);
+  pack_block(block, groups, count, args.query, s, args.D, state->queries);
   for (int r = 0; r < block.vectors * kLanes; ++r) {
     state->row_max[r] = kLowest;
     state->row_sum[r] = 0.f;
@@ -138,11 +132,9 @@ static void attend_block(
 static void finish_block(
     const AttentionArgs& args, const Sequence& s, const Block& block, const Group* groups,
     int count, Softmax* state) {
-  const bool featured = is_featured(args);
   float inverse[kBlockRows];
   for (int r = 0; r < block.vectors * kLanes; ++r) {
-    double row_max = featured ? state->row_max[r] : state->row_max[r] * 0.6931471805599453;
-    double row_sum = state->row_sum[r], rescale = 1;
+    double row_max = state->row_max[r], row_sum = state->row_sum[r], rescale = 1;
     bool seen = row_sum > 0 || row_sum != row_sum;
     if (args.sinks.data != nullptr && r < block.rows) {
       const double sink = args.sinks.at(s.b, block.head[r]);
@@ -252,7 +244,6 @@ struct Forward {
     const int64_t set = place / plan.splits / plan.blocks.count;
     set_block(args, s, set * plan.together, plan.blocks, index, &block);
     const int count = split_groups(block, groups);
-    const Vec unit = splat(is_featured(args) ? kLog2e : 1.f);
     state.out = thread_scratch(1, kBlockRows * args.Dv);
     std::memset(state.out, 0, block.vectors * kLanes * args.Dv * sizeof(float));
     for (int r = 0; r < kBlockRows; ++r) {
@@ -260,12 +251,12 @@ struct Forward {
       state.row_sum[r] = 0.f;
     }
     for (int64_t split = 0; split < plan.splits; ++split)
-      join_split(block, groups, count, partials + (task + split) * tasks.slot, unit, &state);
+      join_split(block, groups, count, partials + (task + split) * tasks.slot, &state);
     finish_block(args, s, block, groups, count, &state);
   }
 
   void join_split(
-      const Block& block, const Group* groups, int count, const float* partial, Vec unit,
+      const Block& block, const Group* groups, int count, const float* partial,
       Softmax* state) const {
     const int64_t lanes = block.vectors * kLanes;
     for (const Group* group = groups; group != groups + count; ++group)
@@ -273,7 +264,7 @@ struct Forward {
         const int lane = group->lane + v * kLanes;
         const Vec mine = load(state->row_max + lane), theirs = load(partial + lane);
         const Vec highest = max(mine, theirs);
-        const Vec a = exp2((mine - highest) * unit), b = exp2((theirs - highest) * unit);
+        const Vec a = exp(mine - highest), b = exp(theirs - highest);
         const Vec sum = load(state->row_sum + lane) * a + load(partial + lanes + lane) * b;
         store(state->row_max + lane, highest);
         store(state->row_sum + lane, sum);

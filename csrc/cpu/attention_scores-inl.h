@@ -123,8 +123,7 @@ static int split_groups(const Block& block, Group* groups) {
 
 // ---- a tile of scores: n keys from `key`, by the lanes of a group -----------------------------
 
-// True where a call needs more than products and positions; such scores are natural, others hold
-// log2(e) already.
+// True where a call needs more than products and positions.
 FA_INLINE bool is_featured(const AttentionArgs& args) {
   return args.bias.data != nullptr || args.mask.data != nullptr ||
          args.alibi_slopes.data != nullptr || args.softcap > 0 || args.sinks.data != nullptr ||
@@ -141,7 +140,7 @@ FA_INLINE Vec softcap_tanh(Vec x) {
   p = fma(p, z, splat(-3.33332819422e-1f));
   const Vec near = fma(p * z, x, x);
   const Vec size = x < Vec{} ? -x : x;
-  const Vec e = exp2(min(splat(60.f), size) * splat(2 * kLog2e));
+  const Vec e = exp(min(splat(20.f), size) * splat(2.f));  // tanh(9.1) is 1 in fp32 already
   const Vec far = splat(1.f) - splat(2.f) / (e + splat(1.f));
   return size < splat(0.625f) ? near : x != x ? x : x < Vec{} ? -far : far;
 }
@@ -161,7 +160,7 @@ static const float* gather_scores(
     }
     float* out = tile + v * kLanes;
     if (x.col == 1) {
-      pack_rows<T>(rows, n, 1.f, out, W);
+      pack_rows<T>(rows, n, out, W);
       continue;
     }
     for (int64_t k = 0; k < n; ++k)

@@ -47,27 +47,26 @@ FA_INLINE void transpose(Vec (&x)[kLanes]) {
   }
 }
 
-// kLanes rows (null is a row of zeros) of `cols` entries, times factor, as columns: entry c of row
-// l goes to out[c * W + l].
+// kLanes rows (null is a row of zeros) of `cols` entries as columns: entry c of row l goes to
+// out[c * W + l].
 template <class T>
-static void pack_rows(const void* const* rows, int64_t cols, float factor, float* out, int64_t W) {
+static void pack_rows(const void* const* rows, int64_t cols, float* out, int64_t W) {
   bool all = true;
   for (int l = 0; l < kLanes; ++l) all = all && rows[l] != nullptr;
   int64_t c = 0;
   if (all)
     for (; c + kLanes <= cols; c += kLanes) {
       Vec x[kLanes];
-      FA_FOR (l, kLanes) x[l] = load((const T*)rows[l] + c) * splat(factor);
+      FA_FOR (l, kLanes) x[l] = load((const T*)rows[l] + c);
       transpose(x);
       FA_FOR (l, kLanes) store(out + (c + l) * W, x[l]);
     }
   for (int l = 0; l < kLanes; ++l)
     for (int64_t d = c; d < cols; ++d)
-      out[d * W + l] = rows[l] == nullptr ? 0.f : to_float(((const T*)rows[l])[d]) * factor;
+      out[d * W + l] = rows[l] == nullptr ? 0.f : to_float(((const T*)rows[l])[d]);
 }
-static void pack(
-    Dtype dtype, const void* const* rows, int64_t cols, float factor, float* out, int64_t W) {
-  FASTATTN_DISPATCH(dtype, pack_rows, rows, cols, factor, out, W);
+static void pack(Dtype dtype, const void* const* rows, int64_t cols, float* out, int64_t W) {
+  FASTATTN_DISPATCH(dtype, pack_rows, rows, cols, out, W);
 }
 
 // The way back: column c of `in`, times factors, becomes entry c of every row that is not null.
@@ -151,11 +150,11 @@ FA_INLINE void dot_tile(
   }
 }
 
-// out (n x W) = rows (n x D) by columns (D x W); the largest entry of each column where asked.
+// out (n x W) = factor * (rows (n x D) by columns (D x W)), and the largest entry of each column.
 template <int NV>
 FA_INLINE void dot_rows(
-    const float* rows, int64_t stride, int64_t n, const float* columns, int64_t D, float* out,
-    Vec (&largest)[NV]) {
+    const float* rows, int64_t stride, int64_t n, const float* columns, int64_t D, float factor,
+    float* out, Vec (&largest)[NV]) {
   constexpr int MR = tile_rows(NV);
   const auto tile = [&](auto size, int64_t k) __attribute__((always_inline)) {
     constexpr int rows_now = decltype(size)::value;
@@ -163,8 +162,9 @@ FA_INLINE void dot_rows(
     dot_tile<NV, rows_now>(rows + k * stride, stride, columns, D, s);
     FA_FOR (r, rows_now)
       FA_FOR (v, NV) {
-        store(out + ((k + r) * NV + v) * kLanes, s[r][v]);
-        largest[v] = max(largest[v], s[r][v]);
+        const Vec x = s[r][v] * splat(factor);
+        store(out + ((k + r) * NV + v) * kLanes, x);
+        largest[v] = max(largest[v], x);
       }
   };
   int64_t k = 0;

@@ -35,7 +35,7 @@ static void cross_entropy_row(const CrossEntropyArgs& args, int64_t row) {
     // a NaN logit is in no maximum, and reaches the sum here; all of -inf sums to 0
     const Vec shift = splat(row_max == -kInf ? 0.f : row_max);
     row_sum += sum_vectors(n, [=](int64_t c, auto lanes) FA_STEP {
-      return exp2((load(piece + c, lanes, -kInf) - shift) * splat(kLog2e));
+      return exp(load(piece + c, lanes, -kInf) - shift);
     });
     if (args.smoothing > 0)
       total +=
@@ -69,7 +69,7 @@ static void cross_entropy_grad_row(const CrossEntropyArgs& args, int64_t row) {
   const float p_target = std::exp(to_float(x[target]) - lse);
   const Vec factor = splat(scale), shift = splat(lse), smooth = splat(even);
   for_vectors(V, [=](int64_t c, auto n) FA_STEP {
-    const Vec p = exp2((load(x + c, n) - shift) * splat(kLog2e));
+    const Vec p = exp(load(x + c, n) - shift);
     store(dx + c, fma(p, factor, -smooth), n);
   });
   from_float(scale * p_target - even - chosen, dx + target);

@@ -4,11 +4,11 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// One row's kept logits, scaled by scale * log2(e), into z; entries that are not kept become -inf.
+// One row's kept logits, scaled, into z; entries that are not kept become -inf.
 template <class T>
 FA_INLINE Vec softmax_logits(
     const T* x, const uint8_t* keep, int64_t keep_col, int64_t C, float scale, float* z) {
-  const Vec factor = splat(scale * kLog2e);
+  const Vec factor = splat(scale);
   Vec row_max = splat(-kInf);
   int64_t c = 0;
   for (; c + kLanes <= C; c += kLanes) {
@@ -39,12 +39,12 @@ FA_INLINE void softmax_row(const SoftmaxArgs& args, int64_t row, float* z) {
   Vec sums = {};
   int64_t c = 0;
   for (; c + kLanes <= C; c += kLanes) {
-    const Vec p = exp2(load(z + c) - shift);
+    const Vec p = exp(load(z + c) - shift);
     store(z + c, p);
     sums += p;
   }
   if (c < C) {
-    const Vec p = exp2(load_first(z + c, C - c, -kInf) - shift);
+    const Vec p = exp(load_first(z + c, C - c, -kInf) - shift);
     store_first(z + c, p, C - c);
     sums += p;
   }

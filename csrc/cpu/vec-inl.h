@@ -15,11 +15,11 @@ typedef uint32_t UVec __attribute__((vector_size(4 * kLanes)));
 typedef float VecUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr double kLog2eExact = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInf = __builtin_inff();
-// exp2(x) is exactly 0 from here down, so -inf is a mask with no further test.
-constexpr float kExp2Zero = -127.f;
+// exp(x) is exactly 0 from here down, so -inf is a mask with no further test, and infinite from
+// kExpInf up.
+constexpr float kExpZero = -88.f, kExpInf = 89.f;
 
 FA_INLINE Vec splat(float x) { return x - Vec{}; }
 FA_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // -ffp-contract=fast fuses it
@@ -146,21 +146,21 @@ FA_INLINE void store_first(T* p, Vec v, int64_t n) {
 
 // ---- functions -----------------------------------------------------------------------------
 
-// 2^x to 2e-7 relative for x <= 127; NaN stays NaN; exactly 0 from kExp2Zero down, which holds
-// because the polynomial is exactly 1 at 0. Rounding by a magic number: 7 cycles for 8 floats.
-FA_INLINE Vec exp2(Vec x) {
-  x = max(splat(kExp2Zero), x);
-  const Vec magic = splat(12582912.f);
-  const Vec shifted = x + magic;
-  const Vec f = x - (shifted - magic);
-  Vec p = splat(1.326472725e-3f);
-  p = fma(p, f, splat(9.671512688e-3f));
-  p = fma(p, f, splat(5.550733744e-2f));
-  p = fma(p, f, splat(2.402224208e-1f));
-  p = fma(p, f, splat(6.931469776e-1f));
+// e^x = 2^n e^f to 2e-7 relative for -10 <= x (4e-7 below) and x <= 88; exactly 1 at 0; any NaN
+// stays NaN, since 2^n is multiplied and not added to the exponent's bits. x is at most kExpInf.
+// The magic number rounds x log2(e) to n and leaves n + 127, the exponent of 2^n, in its low bits.
+FA_INLINE Vec exp(Vec x) {
+  x = max(splat(kExpZero), x);
+  const Vec magic = splat(12582912.f + 127.f);
+  const Vec shifted = fma(x, splat(kLog2e), magic);
+  const Vec f = fma(shifted - magic, splat(-kLn2), x);
+  Vec p = splat(8.221073e-3f);
+  p = fma(p, f, splat(4.19032e-2f));
+  p = fma(p, f, splat(1.6668904e-1f));
+  p = fma(p, f, splat(4.9999112e-1f));
+  p = fma(p, f, splat(9.999992e-1f));
   p = fma(p, f, splat(1.f));
-  return (Vec)((IVec)p + ((IVec)shifted << 23));
+  return p * (Vec)((IVec)shifted << 23);
 }
-FA_INLINE Vec exp(Vec x) { return exp2(x * splat(kLog2e)); }
 
 }  // namespace fastattn::FASTATTN_ISA
