@@ -241,6 +241,15 @@ def test_garbage_past_key_lengths_never_leaks_backward():
 # ---- attention at its edges -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "score, softcap", [(40.0, 1.0), (45.0, 1.0), (1e3, 1.0), (2300.0, 50.0), (3.0, 1e-50)]
+)
+def test_softcap_of_scores_far_beyond_it(score, softcap):
+    q, k, v = torch.tensor([[[[1.0]]]]), torch.tensor([[[[score], [0.0]]]]), torch.eye(2)[None, None]
+    call = lambda *x: fa.attention(*x, scale=1.0, softcap=softcap)  # noqa: E731
+    holds(call, q, k, v)
+
+
 @pytest.mark.parametrize("kind", ["bias", "alibi_slopes"])
 def test_lanes_that_hold_no_query_add_nothing_to_gradients(kind):
     """Scores of 89 and more: exp(score) of a lane without a row, with no lse to shift it, is infinite."""
@@ -260,6 +269,16 @@ def test_a_row_that_sees_no_key_ignores_the_gradient_of_its_lse():
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("window", [(0, 2**63 - 1), (2**63 - 1, 0), (2**63 - 1, 2**63 - 1)])
+def test_windows_as_wide_as_an_int64(window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
+    scalars = (0.5, False, *window, 0.0, 0.0, False, 0, 0)
+    out = torch.ops.fastattn_cpu.attention_fwd(q, k, v, *[None] * 9, *scalars)[0]
+    wanted = tuple(n if n < 2**62 else None for n in window)
+    assert torch.equal(out, fa.attention(q, k, v, window=wanted, scale=0.5))
+
+
 @pytest.mark.parametrize("scale", [30.0, 100.0, 1000.0, -1000.0])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("S, D", [(33, 16), (128, 64)])
@@ -268,6 +287,64 @@ def test_large_logits(scale, causal, S, D):
     case = attention("large", f"{scale} {causal} {S}", Sq=S, Sk=S, D=D, scale=scale, causal=causal)
     verdict = judge(case, torch.float32, "cpu")
     assert verdict.passed, verdict.explain()
+
+
+# ---- layouts, dtypes and shapes that no model has -------------------------------------------------
+
+
+def overlapping(x):
+    """(n + 7) numbers as n rows of 8, each one further on."""
+    return x.as_strided((len(x) - 7, 8), (1, 1))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "rotary", "layer_norm", "gelu", "swiglu", "softmax", "cross_entropy"])  # fmt: skip
+def test_inputs_that_overlap_themselves(name):
+    torch.manual_seed(0)
+    numbers, other, table = torch.randn(12), torch.randn(1, 1, 9, 8), torch.rand(5, 4)
+    parts = ("query", "key", "value")
+
+    def call(x):
+        x = overlapping(x)
+        if name in parts:
+            y = other.to(x.dtype)
+            return fa.attention(*(x[None, None] if n == name else y[:, :, : len(x)] for n in parts))
+        if name == "rotary":
+            return fa.rotary(x[None, None], table.to(x.dtype), table.to(x.dtype)).square()
+        if name == "cross_entropy":
+            return fa.cross_entropy(x, torch.zeros(5, dtype=torch.int64))
+        return fa.swiglu(x, x) if name == "swiglu" else getattr(fa, name)(x).square() * 2
+    for found, truth in both(call, numbers):
+        right(found, truth)
+
+
+def test_float64_beside_a_narrower_input():
+    """Side inputs may have any float dtype, and their gradients have it too."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    wide = lambda *s: torch.randn(*s, dtype=torch.float64)  # noqa: E731
+    calls = [
+        (lambda q, k, v, b: fa.attention(q, k, v, bias=b), (q, k, v, wide(2, 9, 9))),
+        (lambda q, k, v, b: fa.attention(q, k, v, alibi_slopes=b), (q, k, v, wide(2))),
+        (lambda q, k, v, b: fa.attention(q, k, v, sinks=b), (q, k, v, wide(2))),
+        (lambda x, w, b: fa.layer_norm(x, w, b), (q, wide(8), wide(8))),
+        (lambda x, r: sum(fa.rms_norm(x, residual=r, return_residual=True)), (q, wide(1, 2, 9, 8))),
+        (lambda x, b: fa.gelu(x, bias=b), (q, wide(8))),
+    ]
+    for call, inputs in calls:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with fa.use_backend("cpu"):
+            grads = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+        assert [g.dtype for g in grads] == [x.dtype for x in inputs]
+        for found, truth in both(lambda *x, call=call: call(*x).square(), *inputs):
+            right(found, truth)
+
+
+def test_a_mask_of_more_dimensions_than_kernels_count():
+    torch.manual_seed(0)
+    x = torch.randn(*(2,) * 11, 3)
+    mask = torch.rand(*(2, 1) * 5, 2, 3) > 0.3
+    found = fa.softmax(x, mask=mask, backend="cpu")
+    right(found, fa.softmax(x.double(), mask=mask, backend="reference"))
 
 
 # ---- numbers at the edges, in rows ----------------------------------------------------------------

@@ -18,11 +18,12 @@ enum class Dtype { f32, bf16, f16 };
 
 // Where row r of a strided or broadcast tensor starts, when the leading dimensions are counted as
 // one. Neighbouring dimensions that one stride serves are merged, so most tensors have dims <= 1.
+constexpr int kRowDims = 8;
 struct RowMap {
   const void* data = nullptr;  // null: the tensor is absent
   int dims = 0;
-  int64_t size[8], stride[8];  // of the leading dimensions; stride 0 where broadcast
-  int64_t col = 1;             // stride of the last dimension: 1, or 0 where broadcast
+  int64_t size[kRowDims], stride[kRowDims];  // of the leading dimensions; stride 0 where broadcast
+  int64_t col = 1;  // stride of the last dimension: 1, or 0 where broadcast
 
   int64_t offset(int64_t row) const {
     int64_t at = 0;

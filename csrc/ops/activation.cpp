@@ -17,7 +17,7 @@ static GeluArgs gelu_args(const Tensor& x, const OptionalTensor& bias, bool tanh
 
 Tensor gelu_fwd(const Tensor& x_any, const OptionalTensor& bias_any, bool tanh) {
   const Tensor x = with_contiguous_rows(x_any);
-  const OptionalTensor bias = with_contiguous_rows(bias_any);
+  const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
   Tensor y = torch::stable::new_empty(x, x.sizes());
   GeluArgs args = gelu_args(x, bias, tanh);
   args.y = row_map(y);
@@ -29,9 +29,9 @@ std::tuple<Tensor, Tensor> gelu_bwd(
     const Tensor& dy_any, const Tensor& x_any, const OptionalTensor& bias_any, bool tanh,
     int64_t needs) {
   const Tensor dy = with_contiguous_rows(dy_any), x = with_contiguous_rows(x_any);
-  const OptionalTensor bias = with_contiguous_rows(bias_any);
+  const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
   GeluArgs args = gelu_args(x, bias, tanh);
-  Gradient dx(x_any, true, x);
+  ResultLike dx(x_any, true, x);
   Tensor dbias = torch::stable::new_empty(x, {0});
   const bool needs_bias = bias && (needs & 2);
   if (needs_bias) dbias = torch::stable::new_empty(*bias, bias->sizes(), ScalarType::Float);
@@ -39,8 +39,7 @@ std::tuple<Tensor, Tensor> gelu_bwd(
   args.dx = dx.map();
   args.dbias = needs_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
   kernels().gelu_bwd(args);
-  if (needs_bias) dbias = torch::stable::to(dbias, bias->scalar_type());
-  return {dx.finish(), dbias};
+  return {dx.finish(), needs_bias ? in_dtype_of(bias_any, dbias) : dbias};
 }
 
 // ---- gated ------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ std::tuple<Tensor, Tensor> glu_bwd(
   const Tensor gate = with_contiguous_rows(gate_any), up = with_contiguous_rows(up_any);
   const Tensor dy = with_contiguous_rows(dy_any);
   GluArgs args = glu_args(gate, up, gelu, tanh);
-  Gradient dgate(gate_any, true, gate), dup(up_any, true, gate);
+  ResultLike dgate(gate_any, true, gate), dup(up_any, true, gate);
   args.dy = row_map(dy);
   args.dgate = dgate.map();
   args.dup = dup.map();

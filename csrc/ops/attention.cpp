@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <limits>
+
 #include "tensors.h"
 
 namespace fastattn {
@@ -27,11 +30,11 @@ static Heads paged_heads(const Tensor& x) {
   return h;
 }
 
-static Scores scores(const OptionalTensor& x) {
+static Scores scores(const OptionalTensor& x, bool is_mask = false) {
   Scores s;
   if (!x) return s;
   s.data = const_cast<void*>(x->const_data_ptr());
-  s.dtype = dtype_of(*x);
+  if (!is_mask) s.dtype = dtype_of(*x);
   for (int d = 0; d < 4; ++d) s.size[d] = x->size(d);
   int64_t* strides[4] = {&s.batch, &s.head, &s.row, &s.col};
   for (int d = 0; d < 4; ++d) *strides[d] = x->size(d) == 1 ? 0 : x->stride(d);
@@ -79,8 +82,11 @@ struct Call {
   bool diagonal_at_length;
 };
 
+constexpr float kLeast = std::numeric_limits<float>::min();
+
 struct Held {  // copies that the arguments point into
   Tensor alibi_slopes, sinks;
+  OptionalTensor bias;
 };
 
 static AttentionArgs attention_args(const Call& call, Held* held) {
@@ -117,14 +123,16 @@ static AttentionArgs attention_args(const Call& call, Held* held) {
           "\nattention: key_lengths must be in [0, ", a.Sk, "], entry ", b, " is ",
           a.key_lengths[b], "\n");
   if (paged) a.paging = {ints(call.page_table), call.page_table->stride(0), call.key.size(1)};
-  a.bias = scores(call.bias);
-  a.mask = scores(call.mask);
+  held->bias = without_float64(call.bias);
+  a.bias = scores(held->bias);
+  a.mask = scores(call.mask, true);
   a.alibi_slopes = per_head(call.alibi_slopes, &held->alibi_slopes);
   a.sinks = per_head(call.sinks, &held->sinks);
   a.scale = static_cast<float>(call.scale);
-  a.softcap = static_cast<float>(call.softcap);
-  a.window_left = call.window_left.value_or(kUnlimited);
-  a.window_right = call.window_right.value_or(kUnlimited);
+  // one that fp32 rounds to 0 would be none
+  a.softcap = call.softcap > 0 ? std::max(static_cast<float>(call.softcap), kLeast) : 0.f;
+  a.window_left = std::min(call.window_left.value_or(kUnlimited), kUnlimited);
+  a.window_right = std::min(call.window_right.value_or(kUnlimited), kUnlimited);
   if (call.causal) a.window_right = 0;
   a.diagonal_at_length = call.diagonal_at_length;
   a.dropout = call.philox && call.dropout_p > 0;
@@ -175,20 +183,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(
 
 // ---- backward ---------------------------------------------------------------------------------
 
+static Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
 // dquery is summed in fp32: in its own memory where that is fp32.
-static Tensor fp32_zeros(const Tensor& query) {
-  if (query.scalar_type() != ScalarType::Float)
-    return torch::stable::new_zeros(query, query.sizes(), ScalarType::Float);
-  Tensor zeros = torch::stable::empty_like(query);
+static Tensor fp32_zeros(const ResultLike& dquery) {
+  const Tensor& rows = dquery.rows();
+  if (rows.scalar_type() != ScalarType::Float)
+    return torch::stable::new_zeros(rows, rows.sizes(), ScalarType::Float);
+  Tensor zeros = rows;
   return torch::stable::zero_(zeros);
 }
-static Tensor in_dtype_of(const Tensor& query, const Tensor& sums) {
-  if (query.scalar_type() == ScalarType::Float) return sums;
-  Tensor result = torch::stable::empty_like(query);
-  return torch::stable::copy_(result, sums);
-}
-
-static Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 // (B, Hq, chunks) shares of the slopes' gradients -> the gradient, in the slopes' shape and dtype.
 static Tensor sum_slopes(const Tensor& shares, const Tensor& slopes) {
@@ -242,6 +246,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
        page_table, philox, scale, causal, window_left, window_right, softcap, dropout_p,
        diagonal_at_length},
       &held);
+  STD_TORCH_CHECK(
+      !page_table || (needs & 6) == 0, "\nattention: pages of a cache have no gradient\n");
   args.out = heads(out);
   args.lse = const_cast<float*>(lse.const_data_ptr<float>());
   args.lse_low = const_cast<float*>(lse_low.const_data_ptr<float>());
@@ -250,16 +256,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
       dout_any ? with_contiguous_rows(*dout_any) : torch::stable::new_zeros(out, out.sizes());
   Tensor delta = torch::stable::new_zeros(lse, lse.sizes());
   if (dlse) torch::stable::copy_(delta, torch::stable::subtract(delta, *dlse));
-  Tensor dquery = fp32_zeros(query);
-  Tensor dkey = torch::stable::empty_like(key);
-  Tensor dvalue = torch::stable::empty_like(value);
+  ResultLike dquery(query, needs & 1, query), dkey(key, needs & 2, query),
+      dvalue(value, needs & 4, query);
 
   AttentionGradients grads{};
   grads.dout = heads(dout);
   grads.delta = static_cast<float*>(delta.mutable_data_ptr());
-  grads.dquery = heads(dquery);
-  grads.dkey = heads(dkey);
-  grads.dvalue = heads(dvalue);
+  const Tensor dquery_sums = fp32_zeros(dquery);
+  if (needs & 1) grads.dquery = heads(dquery_sums);
+  if (needs & 2) grads.dkey = heads(dkey.rows());
+  if (needs & 4) grads.dvalue = heads(dvalue.rows());
   const int64_t blocks = kernels().attention_blocks(args.Sq);
   const int64_t chunks = kernels().attention_chunks(args.Sk);
   Tensor turns = torch::stable::new_zeros(
@@ -268,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 
   Tensor dbias = nothing(query), dslopes = nothing(query), dsinks = nothing(query), shares;
   if (bias && (needs >> 3 & 1)) {
-    dbias = torch::stable::empty_like(*bias);
+    dbias = torch::stable::empty_like(*held.bias);
     torch::stable::zero_(dbias);
     grads.dbias = scores(dbias);
   }
@@ -280,7 +286,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (args.Hq > 0) kernels().attention_bwd(args, grads);
   if (needs_slopes) dslopes = sum_slopes(shares, *alibi_slopes);
   if (sinks && (needs >> 5 & 1)) dsinks = sum_sinks(args, grads.delta, *sinks);
-  return {in_dtype_of(query, dquery), dkey, dvalue, dbias, dslopes, dsinks};
+  if (grads.dquery.data != nullptr && dquery.rows().scalar_type() != ScalarType::Float)
+    torch::stable::copy_(dquery.rows(), dquery_sums);
+  return {dquery.finish(),          dkey.finish(), dvalue.finish(),
+          in_dtype_of(bias, dbias), dslopes,       dsinks};
 }
 
 }  // namespace fastattn

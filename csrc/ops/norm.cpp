@@ -36,9 +36,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(
     const OptionalTensor& bias_any, const OptionalTensor& philox, bool rms, double eps,
     double weight_offset, double dropout_p, bool return_residual) {
   const Tensor x = with_contiguous_rows(x_any);
-  const OptionalTensor residual = with_contiguous_rows(residual_any);
-  const OptionalTensor weight = with_contiguous_rows(weight_any);
-  const OptionalTensor bias = with_contiguous_rows(bias_any);
+  const OptionalTensor residual = with_contiguous_rows(without_float64(residual_any));
+  const OptionalTensor weight = with_contiguous_rows(without_float64(weight_any));
+  const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
   NormArgs args = norm_args(x, residual, weight, bias, philox, rms, eps, weight_offset, dropout_p);
 
   const auto leading = x.sizes().slice(0, x.dim() - 1);
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(
   args.mean = static_cast<float*>(mean.mutable_data_ptr());
   args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   kernels().norm_fwd(args);
-  return {y, summed, mean, rstd};
+  return {y, return_residual ? in_dtype_of(residual_any, summed) : summed, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
@@ -63,12 +63,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     const Tensor& rstd_any, bool rms, double eps, double weight_offset, double dropout_p,
     bool return_residual, int64_t needs) {
   const Tensor x = with_contiguous_rows(x_any);
-  const OptionalTensor residual = with_contiguous_rows(residual_any);
-  const OptionalTensor weight = with_contiguous_rows(weight_any);
-  const OptionalTensor bias = with_contiguous_rows(bias_any);
+  const OptionalTensor residual = with_contiguous_rows(without_float64(residual_any));
+  const OptionalTensor weight = with_contiguous_rows(without_float64(weight_any));
+  const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
   const OptionalTensor dy = with_contiguous_rows(dy_any);
   const OptionalTensor dsummed =
-      return_residual ? with_contiguous_rows(dsummed_any) : OptionalTensor();
+      return_residual ? with_contiguous_rows(without_float64(dsummed_any)) : OptionalTensor();
   const Tensor mean = torch::stable::contiguous(mean_any);
   const Tensor rstd = torch::stable::contiguous(rstd_any);
   NormArgs args = norm_args(x, residual, weight, bias, philox, rms, eps, weight_offset, dropout_p);
@@ -77,14 +77,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
   args.dy = row_map(dy);
   args.dsummed = row_map(dsummed);
 
-  Gradient dx(x_any, needs & 1, x), dresidual(residual_any, needs & 2, x);
-  Gradient dweight(weight, needs & 4, x), dbias(bias, needs & 8, x);
+  ResultLike dx(x_any, needs & 1, x), dresidual(without_float64(residual_any), needs & 2, x);
+  ResultLike dweight(weight, needs & 4, x), dbias(bias, needs & 8, x);
   args.dx = dx.map();
   args.dresidual = dresidual.map();
   args.dweight = dweight.data();
   args.dbias = dbias.data();
   kernels().norm_bwd(args);
-  return {dx.finish(), dresidual.finish(), dweight.finish(), dbias.finish()};
+  return {
+      dx.finish(), in_dtype_of(residual_any, dresidual.finish()),
+      in_dtype_of(weight_any, dweight.finish()), in_dtype_of(bias_any, dbias.finish())};
 }
 
 }  // namespace fastattn

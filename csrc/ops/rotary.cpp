@@ -18,7 +18,7 @@ static Tensor turn(
     const OptionalTensor& positions_any, bool interleaved, bool inverse) {
   const Tensor x = with_contiguous_rows(x_any), cos = fp32(cos_any), sin = fp32(sin_any);
   const OptionalTensor positions = with_contiguous_rows(positions_any);
-  Tensor y = torch::stable::empty_like(x);
+  ResultLike y(x_any, true, x);
   RotaryArgs args{};
   args.dtype = dtype_of(x);
   args.B = x.size(0);
@@ -27,13 +27,13 @@ static Tensor turn(
   args.D = x.size(3);
   args.half = cos.size(1);
   args.x = x.const_data_ptr();
-  args.y = y.mutable_data_ptr();
+  args.y = y.data();
   args.x_batch = x.stride(0);
   args.x_head = x.stride(1);
   args.x_row = x.stride(2);
-  args.y_batch = y.stride(0);
-  args.y_head = y.stride(1);
-  args.y_row = y.stride(2);
+  args.y_batch = y.rows().stride(0);
+  args.y_head = y.rows().stride(1);
+  args.y_row = y.rows().stride(2);
   args.cos = cos.const_data_ptr<float>();
   args.sin = sin.const_data_ptr<float>();
   if (positions) {
@@ -44,7 +44,7 @@ static Tensor turn(
   args.inverse = inverse;
   check_positions(args, cos.size(0));
   kernels().rotary(args);
-  return y;
+  return y.finish();
 }
 
 Tensor rotary_fwd(

@@ -15,8 +15,9 @@ static SoftmaxArgs softmax_args(const Tensor& x, bool causal, double scale) {
   return args;
 }
 
-Tensor softmax_fwd(const Tensor& x, const OptionalTensor& mask, bool causal, double scale) {
+Tensor softmax_fwd(const Tensor& x, const OptionalTensor& mask_any, bool causal, double scale) {
   const Tensor rows = torch::stable::contiguous(x);
+  const OptionalTensor mask = with_row_map(mask_any);
   Tensor y = torch::stable::empty_like(rows);
   SoftmaxArgs args = softmax_args(rows, causal, scale);
   args.out = y.mutable_data_ptr();
@@ -25,8 +26,8 @@ Tensor softmax_fwd(const Tensor& x, const OptionalTensor& mask, bool causal, dou
   return y;
 }
 
-Tensor softmax_bwd(const Tensor& dy, const Tensor& y, bool causal, double scale) {
-  const Tensor dy_rows = torch::stable::contiguous(dy);
+Tensor softmax_bwd(const Tensor& dy, const Tensor& y_any, bool causal, double scale) {
+  const Tensor dy_rows = torch::stable::contiguous(dy), y = torch::stable::contiguous(y_any);
   Tensor dx = torch::stable::empty_like(y);
   SoftmaxArgs args = softmax_args(y, causal, scale);
   args.dy = dy_rows.const_data_ptr();

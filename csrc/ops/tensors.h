@@ -20,10 +20,21 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
     case ScalarType::BFloat16: return Dtype::bf16;
     case ScalarType::Half: return Dtype::f16;
-    default: return Dtype::f32;
+    default: STD_TORCH_CHECK(false, "fastattn: the CPU kernels read float32, float16 and bfloat16");
   }
+}
+
+// What lies beside a kernel's main input (bias, weight, residual) may be float64: then a fp32 copy.
+inline OptionalTensor without_float64(const OptionalTensor& x) {
+  const bool wide = x && x->scalar_type() == ScalarType::Double;
+  return wide ? OptionalTensor(torch::stable::to(*x, ScalarType::Float)) : x;
+}
+// The gradient of such an input, in its own dtype.
+inline Tensor in_dtype_of(const OptionalTensor& x, const Tensor& gradient) {
+  return x ? torch::stable::to(gradient, x->scalar_type()) : gradient;
 }
 
 inline RowMap row_map(const OptionalTensor& x) {
@@ -37,6 +48,7 @@ inline RowMap row_map(const OptionalTensor& x) {
     if (sizes[d] == 1) continue;
     const bool merges = map.dims > 0 && map.stride[map.dims - 1] == sizes[d] * strides[d];
     if (!merges) ++map.dims;
+    STD_TORCH_CHECK(map.dims <= kRowDims, "fastattn: rows in too many dimensions");
     map.size[map.dims - 1] = merges ? map.size[map.dims - 1] * sizes[d] : sizes[d];
     map.stride[map.dims - 1] = strides[d];
   }
@@ -50,9 +62,13 @@ inline int64_t row_count(const Tensor& x) {
   return rows;
 }
 
-// Rows may lie anywhere, but the entries of one are neighbours. (9 dimensions fill a RowMap.)
+// Rows may lie anywhere that a RowMap can tell, but the entries of one are neighbours.
+inline bool fits_row_map(const Tensor& x) { return x.dim() <= kRowDims + 1; }
 inline bool has_contiguous_rows(const Tensor& x) {
-  return x.dim() <= 9 && (x.size(-1) <= 1 || x.stride(x.dim() - 1) == 1);
+  return fits_row_map(x) && (x.size(-1) <= 1 || x.stride(x.dim() - 1) == 1);
+}
+inline OptionalTensor with_row_map(const OptionalTensor& x) {
+  return x && !fits_row_map(*x) ? OptionalTensor(torch::stable::contiguous(*x)) : x;
 }
 inline Tensor with_contiguous_rows(const Tensor& x) {
   return has_contiguous_rows(x) ? x : torch::stable::contiguous(x);
@@ -69,17 +85,19 @@ inline Columns columns(const OptionalTensor& x) {
   return x ? Columns{x->const_data_ptr(), dtype_of(*x)} : Columns{};
 }
 
-// A gradient: empty_like its input, or no elements where nobody needs it. A kernel writes rows;
-// where the input's layout has none that are contiguous, they are copied into it at the end.
-class Gradient {
+// A result laid out as its input, or of no elements where nobody needs it. A kernel writes rows;
+// where empty_like has none that are contiguous, as for an input that overlaps itself, they are
+// copied into it at the end.
+class ResultLike {
  public:
-  Gradient(const OptionalTensor& input, bool needed, const Tensor& anchor)
+  ResultLike(const OptionalTensor& input, bool needed, const Tensor& anchor)
       : needed_(input && needed),
         result_(
             needed_ ? torch::stable::empty_like(*input) : torch::stable::new_empty(anchor, {0})),
         rows_(
             has_contiguous_rows(result_) ? result_
                                          : torch::stable::new_empty(result_, result_.sizes())) {}
+  const Tensor& rows() const { return rows_; }
   RowMap map() const { return needed_ ? row_map(rows_) : RowMap(); }
   void* data() const { return needed_ ? rows_.mutable_data_ptr() : nullptr; }
   Tensor finish() {

@@ -128,6 +128,35 @@ def test_pages_come_back():
     assert set(cache._pool.users) == {0}
 
 
+@paged
+def test_gradient_of_a_decoded_query(page_size):
+    """Pages are not laid out as keys are: nothing of a key's gradient may be written there."""
+    torch.manual_seed(0)
+    key, value = torch.randn(2, HKV, 4, 64), torch.randn(2, HKV, 4, 64)
+    cache = fa.KVCache(2, HKV, 64, max_length=4, page_size=page_size)
+    cache.append(key, value, new_lengths=[4, 2])
+    fork = cache.fork([0, 1] * 16)
+    query = torch.randn(32, HQ, 2, 64, requires_grad=True)
+    weight = torch.randn(32, HQ, 2, 64)
+    out, lse = fa.attention_decode(query, fork, return_lse=True, backend="cpu")
+    found = torch.autograd.grad((out * weight).sum() + lse.sum(), query)[0]
+    for b, n in ((0, 4), (1, 2), (31, 2)):
+        q = query[b : b + 1].detach().double().requires_grad_()
+        k, v = (x[b % 2 : b % 2 + 1, :, :n].double() for x in (key, value))
+        out, lse = fa.attention(q, k, v, causal=True, return_lse=True)
+        wanted = torch.autograd.grad((out * weight[b]).sum() + lse.sum(), q)[0]
+        torch.testing.assert_close(found[b].double(), wanted[0], atol=2e-6, rtol=2e-6)
+
+
+def test_pages_have_no_gradient():
+    cache = fa.KVCache(1, 1, 4, max_length=4, page_size=2)
+    cache.append(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4))
+    cache.key.requires_grad_()
+    out = fa.attention_decode(torch.ones(1, 1, 1, 4), cache, backend="cpu")
+    with pytest.raises(ValueError, match="pages of a cache have no gradient"):
+        out.sum().backward()
+
+
 def test_wrong_use():
     cache = fa.KVCache(2, 1, 4, max_length=8)
     with pytest.raises(ValueError, match="KVCache: max_length must be an int of at least 1, got 0"):
