@@ -159,6 +159,90 @@ def test_64k_tokens_take_less_than_100_mb():
     assert int(done.stdout) < 100e6
 
 
+PACKED_MEMORY = """
+import torch, fastattn as fa
+from fastattn.verify.models import resident_bytes
+q = torch.randn(65536, 16, 1, requires_grad=True)
+def extra(lengths):
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    out = fa.attention_varlen(q, q, q, starts, starts, causal=True, window=(64, 0))
+    before = resident_bytes(reset=True)
+    torch.autograd.grad(out, q, torch.ones_like(out))
+    return resident_bytes(peak=True) - before
+extra([256] * 256)
+print(extra([65536 - 4095] + [1] * 4095))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory needs Linux")
+def test_memory_of_packed_sequences_is_that_of_their_own_lengths():
+    """Not of the longest sequence times their number: 80 MB for 4 MB of queries once."""
+    done = subprocess.run(
+        [sys.executable, "-c", PACKED_MEMORY], check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 40e6
+
+
+HEADS_MEMORY = """
+import torch
+from fastattn.verify.models import resident_bytes
+import fastattn
+ops = torch.ops.fastattn_cpu
+x = torch.randn(1, 24, 32768, 64).bfloat16()
+scalars = (0.125, True, 64, None, 0.0, 0.0, False, 0, 0)
+results = ops.attention_fwd(x, x, x, *[None] * 9, *scalars)
+before = resident_bytes(reset=True)
+grads = ops.attention_bwd(x, None, x, x, x, *[None] * 9, *results, *scalars, 7)
+print(resident_bytes(peak=True) - before - 3 * 2 * x.numel())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory needs Linux")
+def test_sums_of_16_bit_gradients_are_not_all_held_at_once():
+    """fp32 sums of the query's gradient would be 201 MB here; a round of heads takes 34 MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", HEADS_MEMORY], check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 60e6
+
+
+def test_many_short_sequences_take_time_in_proportion():
+    """Finding a task's sequence by counting took a minute here, and takes a second by halving."""
+    code = """
+import torch, fastattn as fa
+q = torch.randn(100_000, 8, 4)
+starts = torch.arange(100_001)
+assert torch.allclose(fa.attention_varlen(q, q, q, starts, starts), q)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+NO_MEMORY = """
+import resource, torch, fastattn as fa
+torch.set_num_threads(2)
+D = 20000  # scratch of 100 MB a thread
+q = torch.randn(1, 1, 8, D, requires_grad=True)
+k = torch.randn(1, 1, 1500, 1).expand(1, 1, 1500, D).contiguous()
+out = fa.attention(q, k, k[..., :8].contiguous())
+size = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
+raised = 0
+for megabytes in range(10, 180, 9):
+    resource.setrlimit(resource.RLIMIT_AS, (size + megabytes * 1_000_000, -1))
+    try:
+        torch.autograd.grad(out.sum(), q, retain_graph=True)
+    except RuntimeError:
+        raised += 1
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+assert raised and torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_no_memory_is_an_error_and_no_deadlock():
+    """A chunk that fails never takes its turn at dquery: those behind it must not wait for it."""
+    subprocess.run([sys.executable, "-c", NO_MEMORY], check=True, timeout=60)
+
+
 def test_nothing_grows_from_call_to_call():
     code = """
 import torch, fastattn as fa

@@ -269,6 +269,17 @@ def test_a_row_that_sees_no_key_ignores_the_gradient_of_its_lse():
         assert gradient.isfinite().all()
 
 
+def test_no_channels():
+    q, k = (torch.randn(1, 1, s, 0) for s in (300, 270))
+    v = torch.randn(1, 1, 270, 8)
+    for found, truth in both(lambda *x: fa.attention(*x, scale=1.0), q, k, v):
+        right(found, truth)
+    q, k = torch.randn(1, 1, 300, 8), torch.randn(1, 1, 270, 8)
+    call = lambda q, k, v: fa.attention(q, k, v, return_lse=True)[1]  # noqa: E731
+    for found, truth in both(call, q, k, v[..., :0]):
+        right(found, truth)
+
+
 @pytest.mark.parametrize("window", [(0, 2**63 - 1), (2**63 - 1, 0), (2**63 - 1, 2**63 - 1)])
 def test_windows_as_wide_as_an_int64(window):
     torch.manual_seed(0)
@@ -287,6 +298,17 @@ def test_large_logits(scale, causal, S, D):
     case = attention("large", f"{scale} {causal} {S}", Sq=S, Sk=S, D=D, scale=scale, causal=causal)
     verdict = judge(case, torch.float32, "cpu")
     assert verdict.passed, verdict.explain()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 1, 3), (1, 8, 1, 1), (1, 1, 30000, 1)])
+def test_the_gradient_of_a_broadcast_bias_is_no_long_sum_in_fp32(shape):
+    """A chain of 5000 additions of 48.48 to 2e5 would round nearly each of them the same way."""
+    q, k = torch.zeros(1, 8, 30000, 1), torch.zeros(1, 8, 3, 1)
+    bias = torch.zeros(shape, requires_grad=True)
+    lse = fa.attention(q, k, k, bias=bias, return_lse=True, backend="cpu")[1]
+    grad = torch.autograd.grad(lse, bias, torch.full_like(lse, 1.01))[0]
+    wanted = torch.full(shape, 1.01 * lse.numel() / bias.numel())
+    torch.testing.assert_close(grad, wanted, rtol=1e-6, atol=0)
 
 
 # ---- layouts, dtypes and shapes that no model has -------------------------------------------------

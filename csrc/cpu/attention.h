@@ -1,6 +1,4 @@
 #pragma once
-#include <atomic>
-
 #include "../common/philox.h"
 #include "args.h"
 
@@ -68,11 +66,11 @@ struct AttentionArgs {
 struct AttentionGradients {
   Heads dout;    // data null: zero
   float* delta;  // (as lse) sum(dout * out) - dlse
-  Heads dquery;  // fp32, contiguous; added to in the order of the chunks of keys
+  // of these, data null: not wanted
+  Heads dquery;  // zeros
   Heads dkey, dvalue;
-  Scores dbias;       // data null: not wanted
-  float* slope_sums;  // (B, Hq, chunks) or null: each chunk's share of the slopes' gradient
-  std::atomic<int32_t>* turns;  // (B, Hq, query blocks), zero: chunks that have added to dquery
+  Scores dbias;
+  double* slope_sums;  // (B, Hq), zeros, or null: the slopes' gradient of each sequence
 };
 
 }  // namespace fastattn

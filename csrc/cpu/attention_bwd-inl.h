@@ -6,7 +6,7 @@
 // queries that see it. Its share of dQ is added in the order of the chunks: a counter for every
 // block of queries says whose turn it is. So few heads feed many threads, no memory grows with Sq *
 // Sk, and the sums have one order. Tasks are taken in order, hence the chunk that is waited for has
-// always been taken.
+// always been taken; one that fails says so to those that wait.
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -27,7 +27,7 @@ static void widen_block(
   for (int r = 0; r < block.rows; ++r) {
     const int64_t i = s.query_start + block.query[r];
     const void* row = offset_by(x.data, x.dtype, x.at(s.b, block.head[r], i));
-    std::memset(out + r * width + width - kLanes, 0, kLanes * sizeof(float));
+    if (width > 0) std::memset(out + r * width + width - kLanes, 0, kLanes * sizeof(float));
     FASTATTN_DISPATCH(x.dtype, widen_row, row, cols, out + r * width);
   }
 }
@@ -129,6 +129,16 @@ static __attribute__((noinline)) void add_dquery(
   add_rows<NV>(keys.data, keys.stride, n, D, dscores, dquery, one);
 }
 
+static void add_dquery_any(
+    const Group& group, const Tile& keys, int64_t n, int64_t D, const float* dscores,
+    float* dquery) {
+  switch (group.vectors) {
+    case 3: return add_dquery<3>(keys, n, D, dscores, dquery);
+    case 2: return add_dquery<2>(keys, n, D, dscores, dquery);
+    default: return add_dquery<1>(keys, n, D, dscores, dquery);
+  }
+}
+
 // sum of dS * -|distance| over the tile: a slope's gradient.
 static float slope_gradient(
     const Block& block, const Group& group, const Sequence& s, int64_t key, int64_t n,
@@ -154,20 +164,49 @@ struct Chunk {
   float *k, *v, *dk, *dv;                // slots 3 and 4 of the scratch
 };
 
+// Keys of a sequence that have a gradient: those past key_lengths too.
+FA_INLINE int64_t key_rows(const AttentionArgs& args, const Sequence& s) {
+  return args.cu_seqlens_k != nullptr ? s.Sk : args.Sk;
+}
+// Queries of all earlier sequences.
+FA_INLINE int64_t first_query(const AttentionArgs& args, int64_t b) {
+  return args.cu_seqlens_q != nullptr ? args.cu_seqlens_q[b] : b * args.Sq;
+}
+
+// Some heads of some sequences whose dQ is summed at one time, in fp32: where dQ is fp32 itself
+// these are all; else few enough that 64k queries of many heads do not all have fp32 sums. Rows are
+// counted a sequence after another, and there a head after another.
+struct Round {
+  float* sums = nullptr;  // null: dQ is fp32, and its own sum
+  int64_t first_row = 0;
+};
+
 struct Backward {
   const AttentionArgs& args;
   const AttentionGradients& grads;
-  int64_t chunks, blocks;  // of the longest sequence
-
-  int64_t tasks() const { return args.B * args.Hkv * chunks; }
+  const Pieces &chunks, &blocks;  // of keys, of queries
+  std::atomic<int32_t>* turns;    // (Hq, blocks), zero: chunks that have added to dquery
+  double* slopes;                 // (Hq, chunks), zero, or null: a chunk's share
+  std::atomic<bool>* failed;
+  Round round;
 
   void run(int64_t task) const {
-    const Sequence s = sequence(args, task / chunks / args.Hkv);
-    const int64_t kv_head = task / chunks % args.Hkv;
-    const int64_t rows = args.cu_seqlens_k != nullptr ? s.Sk : args.Sk;
-    Chunk chunk{task % chunks, task % chunks * kChunkKeys};
-    chunk.keys = smaller(kChunkKeys, rows - chunk.start);
-    if (chunk.keys <= 0) return;
+    if (*failed) return;
+    try {
+      run_chunk(task);
+    } catch (...) {
+      *failed = true;
+      throw;
+    }
+  }
+
+  void run_chunk(int64_t task) const {
+    const int64_t b = chunks.sequence_of(task / args.Hkv);
+    const int64_t place = task - chunks.begin(b) * args.Hkv;
+    const int64_t kv_head = place / chunks.of(b), group = args.Hq / args.Hkv;
+    const Sequence s = sequence(args, b);
+    Chunk chunk{place % chunks.of(b), place % chunks.of(b) * kChunkKeys};
+    chunk.keys = smaller(kChunkKeys, key_rows(args, s) - chunk.start);
     chunk.readable = larger(0, smaller(chunk.keys, s.Sk - chunk.start));
     const int64_t D = padded(args.D), Dv = padded(args.Dv);
     chunk.k = thread_scratch(3, kChunkKeys * (args.D + args.Dv));
@@ -180,7 +219,6 @@ struct Backward {
           read_keys(args, args.key, s, kv_head, chunk.start, chunk.readable, args.D, chunk.k);
       const Tile v =
           read_keys(args, args.value, s, kv_head, chunk.start, chunk.readable, args.Dv, chunk.v);
-      const int64_t group = args.Hq / args.Hkv;
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
         walk_queries(s, head, chunk, k, v);
     }
@@ -191,7 +229,7 @@ struct Backward {
   void walk_queries(
       const Sequence& s, int64_t head, const Chunk& chunk, const Tile& k, const Tile& v) const {
     const Blocks cut(s.Sq);
-    float slope = 0.f;
+    double slope = 0;
     for (int64_t index = 0; index < cut.count; ++index) {
       Block block;
       Group groups[kBlockVectors];
@@ -202,21 +240,22 @@ struct Backward {
       if (seen.empty()) continue;
       const int count = split_groups(block, groups);
       BlockInputs in;
-      read_block(args, grads, s, block, groups, count, true, &in);
+      const bool rows = grads.dkey.data != nullptr || grads.dvalue.data != nullptr;
+      read_block(args, grads, s, block, groups, count, rows, &in);
       float* dquery = thread_scratch(5, kBlockRows * args.D);
       std::memset(dquery, 0, block.vectors * kLanes * args.D * sizeof(float));
       for (const Group* group = groups; group != groups + count; ++group)
         slope += walk_tiles(s, block, *group, in, chunk, k, v, dquery);
-      std::atomic<int32_t>& turn = grads.turns[(s.b * args.Hq + head) * blocks + index];
-      take_turn(turn, (int32_t)(chunk.index - block.keys.begin / kChunkKeys));
-      add_to_dquery(s, block, groups, count, dquery);
+      if (grads.dquery.data == nullptr) continue;
+      std::atomic<int32_t>& turn = turns[head * blocks.total() + blocks.begin(s.b) + index];
+      if (!take_turn(turn, (int32_t)(chunk.index - block.keys.begin / kChunkKeys))) return;
+      add_to_dquery(s, block, groups, count, chunk.index, dquery);
       turn.fetch_add(1, std::memory_order_release);
     }
-    if (grads.slope_sums != nullptr)
-      grads.slope_sums[(s.b * args.Hq + head) * chunks + chunk.index] = slope;
+    if (slopes != nullptr) slopes[head * chunks.total() + chunks.begin(s.b) + chunk.index] = slope;
   }
 
-  float walk_tiles(
+  double walk_tiles(
       const Sequence& s, const Block& block, const Group& group, const BlockInputs& in,
       const Chunk& chunk, const Tile& k, const Tile& v, float* dquery) const {
     const int64_t begin = larger(group.some.begin, chunk.start);
@@ -224,50 +263,81 @@ struct Backward {
     const int64_t D = padded(args.D), Dv = padded(args.Dv), W = group.vectors * kLanes;
     const int64_t rows = smaller(W, block.rows - group.lane);
     const TileGradients tile = tile_gradients();
-    float slope = 0.f;
+    double slope = 0;
     for (int64_t key = begin; key < end; key += kTileKeys) {
       const int64_t n = smaller(kTileKeys, end - key), from = key - chunk.start;
       const Tile keys{k.data + from * k.stride, k.stride},
           values{v.data + from * v.stride, v.stride};
       grade_tile_any(args, block, group, s, in, keys, values, key, n, tile);
-      if (grads.slope_sums != nullptr)
-        slope += slope_gradient(block, group, s, key, n, tile.dscores);
+      if (slopes != nullptr) slope += slope_gradient(block, group, s, key, n, tile.dscores);
       if (args.softcap > 0)
         for (int64_t e = 0; e < n * W; e += kLanes)
           store(tile.dscores + e, load(tile.dscores + e) * load(tile.cap_slope + e));
-      float* dq = dquery + group.lane * args.D;
-      switch (group.vectors) {
-        case 3: add_dquery<3>(keys, n, args.D, tile.dscores, dq); break;
-        case 2: add_dquery<2>(keys, n, args.D, tile.dscores, dq); break;
-        default: add_dquery<1>(keys, n, args.D, tile.dscores, dq);
-      }
-      add_outer(tile.weights, W, n, in.dout_rows + group.lane * Dv, rows, Dv, chunk.dv + from * Dv);
-      add_outer(tile.dscores, W, n, in.query_rows + group.lane * D, rows, D, chunk.dk + from * D);
+      if (grads.dquery.data != nullptr)
+        add_dquery_any(group, keys, n, args.D, tile.dscores, dquery + group.lane * args.D);
+      if (grads.dvalue.data != nullptr)
+        add_outer(
+            tile.weights, W, n, in.dout_rows + group.lane * Dv, rows, Dv, chunk.dv + from * Dv);
+      if (grads.dkey.data != nullptr)
+        add_outer(tile.dscores, W, n, in.query_rows + group.lane * D, rows, D, chunk.dk + from * D);
     }
     return slope;
   }
 
-  static void take_turn(const std::atomic<int32_t>& turn, int32_t mine) {
-    for (int spins = 0; turn.load(std::memory_order_acquire) != mine; ++spins)
+  // False where the chunk that is waited for has failed.
+  bool take_turn(const std::atomic<int32_t>& turn, int32_t mine) const {
+    for (int spins = 0; turn.load(std::memory_order_acquire) != mine; ++spins) {
+      if (*failed) return false;
       if (spins > 1000) std::this_thread::yield();
+    }
+    return true;
+  }
+
+  // Where dQ of a sequence is summed.
+  Heads dquery_sums(const Sequence& s) const {
+    if (round.sums == nullptr) return grads.dquery;
+    Heads sums;
+    sums.head = s.Sq * args.D;
+    sums.row = args.D;
+    const int64_t before = first_query(args, s.b) * args.Hq - round.first_row - s.query_start;
+    sums.data = round.sums + before * args.D;
+    return sums;
   }
 
   void add_to_dquery(
-      const Sequence& s, const Block& block, const Group* groups, int count,
+      const Sequence& s, const Block& block, const Group* groups, int count, int64_t chunk,
       const float* dquery) const {
+    const Heads sums = dquery_sums(s);
+    const bool narrow = round.sums != nullptr;
+    const bool first = chunk == block.keys.begin / kChunkKeys;
+    const bool last = chunk == (block.keys.end - 1) / kChunkKeys;
+    for (int r = 0; narrow && first && r < block.rows; ++r)
+      std::memset(sum_row(sums, s, block, r), 0, args.D * sizeof(float));
     for (const Group* group = groups; group != groups + count; ++group)
       for (int v = 0; v < group->vectors; ++v) {
         void* rows[kLanes];
-        block_rows(block, *group, v, grads.dquery, s, rows);
+        block_rows(block, *group, v, sums, s, rows);
         unpack_add(
             dquery + group->lane * args.D + v * kLanes, group->vectors * kLanes, args.D, args.scale,
             rows);
       }
+    for (int r = 0; narrow && last && r < block.rows; ++r) {
+      const Heads& out = grads.dquery;
+      const int64_t at = out.at(s.b, block.head[r], s.query_start + block.query[r]);
+      FASTATTN_DISPATCH(
+          out.dtype, narrow_row, sum_row(sums, s, block, r), args.D, 1.f,
+          offset_by(out.data, out.dtype, at));
+    }
+  }
+
+  static float* sum_row(const Heads& sums, const Sequence& s, const Block& block, int r) {
+    return (float*)sums.data + sums.at(s.b, block.head[r], s.query_start + block.query[r]);
   }
 
   void write_rows(
       const Heads& out, const Sequence& s, int64_t head, const Chunk& chunk, const float* sums,
       int64_t cols, float factor) const {
+    if (out.data == nullptr) return;
     for (int64_t k = 0; k < chunk.keys; ++k) {
       const int64_t at = out.at(s.b, head, s.key_start + chunk.start + k);
       FASTATTN_DISPATCH(
@@ -280,43 +350,69 @@ struct Backward {
 // ---- the bias's gradient: a pass of its own, a task is a tile of the bias ---------------------
 
 // dS of every sequence, head, query and key that a tile of the bias reaches, in order; memory is
-// the tile's. Sums of a broadcast dimension are taken a tile of scores at a time.
+// the tile's. Where rows or columns of the bias are one for all, its tiles are few and small: then
+// a task is one head's part of a tile, and the parts are added in order. Sums are double from a
+// tile of scores on: a fp32 chain over 2048 queries of 16 heads lost up to 4 times the allowance.
 struct BiasBackward {
   const AttentionArgs& args;
   const AttentionGradients& grads;
   Blocks cut;
-  int64_t row_tiles, col_tiles;
+  bool all_rows, all_cols;
+  int64_t row_tiles, col_tiles, batches, heads;  // batches, heads: of one tile
+  int64_t parts, entries;                        // of a tile
+  double* sums;                                  // (tasks, entries), where there are parts
 
   BiasBackward(const AttentionArgs& args, const AttentionGradients& grads)
       : args(args), grads(grads), cut(args.Sq) {
-    row_tiles = grads.dbias.size[2] > 1 ? cut.count : 1;
-    col_tiles = grads.dbias.size[3] > 1 ? cuts(args.Sk, kChunkKeys) : 1;
+    const int64_t* size = grads.dbias.size;
+    all_rows = size[2] == 1;
+    all_cols = size[3] == 1;
+    row_tiles = all_rows ? 1 : cut.count;
+    col_tiles = all_cols ? 1 : cuts(args.Sk, kChunkKeys);
+    batches = size[0] == 1 ? args.B : 1;
+    heads = size[1] == 1 ? args.Hq : 1;
+    parts = all_rows || all_cols ? larger(1, batches * heads) : 1;
+    entries = (all_cols ? 1 : kChunkKeys) * (all_rows ? 1 : kBlockRows);
+    sums = (double*)thread_scratch(10, parts > 1 ? 2 * tasks() * entries : 0);
   }
-  int64_t tasks() const {
+  int64_t tiles() const {
     return grads.dbias.size[0] * grads.dbias.size[1] * row_tiles * col_tiles;
+  }
+  int64_t tasks() const { return tiles() * parts; }
+
+  struct Where {
+    int64_t batch, head, row;
+    Range cols;
+  };
+  Where where(int64_t tile) const {
+    const int64_t col = tile % col_tiles, heads = grads.dbias.size[1];
+    const Range cols =
+        all_cols ? Range{0, args.Sk} : Range{col * kChunkKeys, (col + 1) * kChunkKeys};
+    return {
+        tile / col_tiles / row_tiles / heads, tile / col_tiles / row_tiles % heads,
+        tile / col_tiles % row_tiles, cols};
   }
 
   void run(int64_t task) const {
-    const Scores& out = grads.dbias;
-    const int64_t col = task % col_tiles, row = task / col_tiles % row_tiles;
-    const int64_t head = task / col_tiles / row_tiles % out.size[1];
-    const int64_t batch = task / col_tiles / row_tiles / out.size[1];
-    const bool all_rows = out.size[2] == 1, all_cols = out.size[3] == 1;
-    const int64_t keys = all_cols ? 1 : kChunkKeys, lanes = all_rows ? 1 : kBlockRows;
-    float* sums = thread_scratch(6, keys * lanes);
-    std::memset(sums, 0, keys * lanes * sizeof(float));
-    const Range cols =
-        all_cols ? Range{0, args.Sk} : Range{col * kChunkKeys, (col + 1) * kChunkKeys};
-    for (int64_t b = batch; b < (out.size[0] == 1 ? args.B : batch + 1); ++b)
-      for (int64_t h = head; h < (out.size[1] == 1 ? args.Hq : head + 1); ++h)
-        for (int64_t index = row; index < (all_rows ? cut.count : row + 1); ++index)
-          add_block(sequence(args, b), h, index, cols, all_rows, all_cols, sums);
-    write(batch, head, row, cols, all_rows, all_cols, sums);
+    const Where at = where(task / parts);
+    double* sum = parts > 1 ? sums + task * entries : (double*)thread_scratch(6, 2 * entries);
+    std::memset(sum, 0, entries * sizeof(double));
+    for (int64_t part = task % parts; part < batches * heads; part += parts) {
+      const Sequence s = sequence(args, at.batch + part / heads);
+      for (int64_t index = at.row; index < (all_rows ? cut.count : at.row + 1); ++index)
+        add_block(s, at.head + part % heads, index, at.cols, sum);
+    }
+    if (parts == 1) write(at, sum);
   }
 
-  void add_block(
-      const Sequence& s, int64_t head, int64_t index, Range cols, bool all_rows, bool all_cols,
-      float* sums) const {
+  void join(int64_t tile) const {
+    double* sum = sums + tile * parts * entries;
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t e = 0; e < entries; ++e) sum[e] += sum[part * entries + e];
+    write(where(tile), sum);
+  }
+
+  void add_block(const Sequence& s, int64_t head, int64_t index, Range cols, double* sum) const {
     Block block;
     Group groups[kBlockVectors];
     set_block(args, s, head, cut, index, &block);
@@ -335,50 +431,48 @@ struct BiasBackward {
           read_keys(args, args.value, s, kv_head, key, n, args.Dv, buffer + kTileKeys * args.D);
       for (const Group* group = groups; group != groups + count; ++group) {
         grade_tile_any(args, block, *group, s, in, k, v, key, n, tile);
-        float* at = sums + (all_cols ? 0 : key - cols.begin) * (all_rows ? 1 : kBlockRows);
-        add_tile_sums(*group, n, tile.dscores, all_rows, all_cols, at);
+        double* at = sum + (all_cols ? 0 : key - cols.begin) * (all_rows ? 1 : kBlockRows);
+        add_tile_sums(*group, n, tile.dscores, at);
       }
     }
   }
 
-  static void add_tile_sums(
-      const Group& group, int64_t n, const float* dscores, bool all_rows, bool all_cols,
-      float* sums) {
-    const int64_t lanes = all_rows ? 1 : kBlockRows;
+  void add_tile_sums(const Group& group, int64_t n, const float* dscores, double* sum) const {
     for (int v = 0; v < group.vectors; ++v) {
+      double* at = sum + (all_rows ? 0 : group.lane + v * kLanes);
       Vec columns = {};
       for (int64_t k = 0; k < n; ++k) {
         const Vec ds = load(dscores + (k * group.vectors + v) * kLanes);
-        float* at = sums + k * lanes + (all_rows ? 0 : group.lane + v * kLanes);
         if (all_cols)
           columns += ds;
-        else if (all_rows)
-          *at += reduce_sum(ds);
         else
-          store(at, load(at) + ds);
+          add_lanes(ds, at + k * (all_rows ? 1 : kBlockRows));
       }
-      if (!all_cols) continue;
-      float* at = sums + (all_rows ? 0 : group.lane + v * kLanes);
-      if (all_rows)
-        *at += reduce_sum(columns);
-      else
-        store(at, load(at) + columns);
+      if (all_cols) add_lanes(columns, at);
+    }
+  }
+  void add_lanes(Vec x, double* at) const {
+    if (all_rows)
+      *at += reduce_sum(x);
+    else {
+      float lane[kLanes];
+      store(lane, x);
+      for (int l = 0; l < kLanes; ++l) at[l] += lane[l];
     }
   }
 
-  void write(
-      int64_t batch, int64_t head, int64_t row, Range cols, bool all_rows, bool all_cols,
-      const float* sums) const {
+  void write(const Where& at, const double* sum) const {
     const Scores& out = grads.dbias;
-    const int64_t lanes = all_rows ? 1 : kBlockRows, first = row * cut.rows_each;
+    const int64_t lanes = all_rows ? 1 : kBlockRows, first = at.row * cut.rows_each;
     const int64_t rows = all_rows ? 1 : smaller(cut.rows_each, args.Sq - first);
-    const int64_t keys = all_cols ? 1 : smaller(cols.end, args.Sk) - cols.begin;
+    const int64_t keys = all_cols ? 1 : smaller(at.cols.end, args.Sk) - at.cols.begin;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t k = 0; k < keys; ++k) {
-        const int64_t at = out.at(batch, head, all_rows ? 0 : first + r) +
-                           (all_cols ? 0 : cols.begin + k) * out.col;
+        const int64_t entry = out.at(at.batch, at.head, all_rows ? 0 : first + r) +
+                              (all_cols ? 0 : at.cols.begin + k) * out.col;
         FASTATTN_DISPATCH(
-            out.dtype, write_entry, sums[k * lanes + r], offset_by(out.data, out.dtype, at));
+            out.dtype, write_entry, (float)sum[k * lanes + r],
+            offset_by(out.data, out.dtype, entry));
       }
   }
 
@@ -412,24 +506,67 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
       Vec sum = {};
       for (int64_t d = 0; d < args.Dv; ++d)
         sum = fma(load(outs + d * kLanes), load(douts + d * kLanes), sum);
-      float* delta =
-          grads.delta + s.b * args.lse_batch + head * args.lse_head + s.query_start + first;
-      store_first(delta, load_first(delta, n) + sum, n);
+      const int64_t at = s.b * args.lse_batch + head * args.lse_head + s.query_start + first;
+      store_first(grads.delta + at, load_first(grads.delta + at, n) + sum, n);
     }
   });
 }
 
-// What the binding must know of the cuts: query blocks a head, chunks of keys a head.
-static int64_t attention_blocks(int64_t Sq) { return Blocks(Sq).count; }
-static int64_t attention_chunks(int64_t Sk) { return cuts(Sk, kChunkKeys); }
+// A round ends with the head that gives it this many queries (32 MB of sums at D = 64) and tasks.
+constexpr int64_t kRoundRows = 1 << 17, kRoundTasks = 64;
+
+// dQ, dK and dV, in rounds; the tasks of a head and of a round are neighbours.
+static void run_rounds(const AttentionArgs& args, Backward backward) {
+  const Heads& dquery = backward.grads.dquery;
+  const bool narrow = dquery.data != nullptr && dquery.dtype != Dtype::f32;
+  const int64_t tasks = backward.chunks.total() * args.Hkv, group = args.Hq / args.Hkv;
+  int64_t first_task = 0, task = 0, first_row = 0, row = 0;
+  Memory sums;
+  const auto finish = [&] {
+    if (narrow) backward.round = {sums.reserve((row - first_row) * args.D), first_row};
+    parallel_tasks(task - first_task, [&](int64_t t) { backward.run(first_task + t); });
+    first_task = task;
+    first_row = row;
+  };
+  if (!narrow) {
+    task = tasks;
+    return finish();
+  }
+  for (int64_t b = 0; b < args.B; ++b)
+    for (int64_t head = 0; head < args.Hkv; ++head) {
+      task += backward.chunks.of(b);
+      row += group * sequence(args, b).Sq;
+      if (row - first_row >= kRoundRows && task - first_task >= kRoundTasks) finish();
+    }
+  finish();
+}
 
 static void attention_bwd(const AttentionArgs& args, const AttentionGradients& grads) {
   attention_delta(args, grads);
-  const Backward backward{args, grads, attention_chunks(args.Sk), attention_blocks(args.Sq)};
-  parallel_tasks(backward.tasks(), [&](int64_t task) { backward.run(task); });
+  int64_t* ends = (int64_t*)thread_scratch(9, 4 * args.B);
+  const Pieces chunks(
+      args, ends, [&](const Sequence& s) { return cuts(key_rows(args, s), kChunkKeys); });
+  const Pieces blocks(args, ends + args.B, [](const Sequence& s) { return Blocks(s.Sq).count; });
+  std::atomic<bool> failed{false};
+  Backward backward{args, grads, chunks, blocks, nullptr, nullptr, &failed, {}};
+  backward.turns = (std::atomic<int32_t>*)thread_scratch(10, args.Hq * blocks.total());
+  for (int64_t i = 0; i < args.Hq * blocks.total(); ++i) backward.turns[i] = 0;
+  if (grads.slope_sums != nullptr) {
+    backward.slopes = (double*)thread_scratch(11, 2 * args.Hq * chunks.total());
+    std::memset(backward.slopes, 0, args.Hq * chunks.total() * sizeof(double));
+  }
+  if (grads.dquery.data != nullptr || grads.dkey.data != nullptr || grads.dvalue.data != nullptr ||
+      grads.slope_sums != nullptr)
+    run_rounds(args, backward);
+  if (grads.slope_sums != nullptr)
+    for (int64_t b = 0; b < args.B; ++b)
+      for (int64_t h = 0; h < args.Hq; ++h)
+        for (int64_t c = chunks.begin(b); c < chunks.ends[b]; ++c)
+          grads.slope_sums[b * args.Hq + h] += backward.slopes[h * chunks.total() + c];
   if (grads.dbias.data == nullptr) return;
   const BiasBackward bias(args, grads);
   parallel_tasks(bias.tasks(), [&](int64_t task) { bias.run(task); });
+  if (bias.parts > 1) parallel_tasks(bias.tiles(), [&](int64_t tile) { bias.join(tile); });
 }
 
 }  // namespace fastattn::FASTATTN_ISA

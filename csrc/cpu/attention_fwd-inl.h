@@ -177,36 +177,10 @@ struct Plan {
   int64_t tasks() const { return sets * blocks.count * splits; }
 };
 
-// Sequence of a task, and the task's place in it. Where sequences differ in length their tasks are
-// counted. A split leaves its Softmax, `slot` floats, for the join.
-struct Tasks {
-  int64_t total = 0, slot = 0;
-  bool split = false;
-  const int64_t* ends;  // (B,), slot 9 of the scratch
-
-  explicit Tasks(const AttentionArgs& args) {
-    int64_t* counted = (int64_t*)thread_scratch(9, 2 * args.B);
-    for (int64_t b = 0; b < args.B; ++b) {
-      const Plan plan(args, sequence(args, b));
-      counted[b] = total += plan.tasks();
-      if (plan.splits == 1) continue;
-      split = true;
-      slot = larger(slot, plan.blocks.rows_each * (args.Dv + 2));
-    }
-    ends = counted;
-  }
-  int64_t find(int64_t task, int64_t* place) const {
-    int64_t b = 0;
-    while (ends[b] <= task) ++b;
-    *place = b == 0 ? task : task - ends[b - 1];
-    return b;
-  }
-};
-
 struct Forward {
   const AttentionArgs& args;
-  const Tasks& tasks;
-  float* partials;  // a slot for every task, or null where nothing is split
+  int64_t slot;  // floats that a split leaves for the join: its Softmax; 0 where nothing is split
+  float* partials;  // a slot for every task
 
   void run(const Sequence& s, int64_t place, int64_t task) const {
     const Plan plan(args, s);
@@ -227,7 +201,7 @@ struct Forward {
     attend_block(args, s, block, groups, count, range, &state);
     if (plan.splits == 1) return finish_block(args, s, block, groups, count, &state);
     const int64_t lanes = block.vectors * kLanes;
-    float* partial = partials + task * tasks.slot;
+    float* partial = partials + task * slot;
     std::memcpy(partial, state.row_max, lanes * sizeof(float));
     std::memcpy(partial + lanes, state.row_sum, lanes * sizeof(float));
     std::memcpy(partial + 2 * lanes, state.out, lanes * args.Dv * sizeof(float));
@@ -251,7 +225,7 @@ struct Forward {
       state.row_sum[r] = 0.f;
     }
     for (int64_t split = 0; split < plan.splits; ++split)
-      join_split(block, groups, count, partials + (task + split) * tasks.slot, &state);
+      join_split(block, groups, count, partials + (task + split) * slot, &state);
     finish_block(args, s, block, groups, count, &state);
   }
 
@@ -278,19 +252,21 @@ struct Forward {
 };
 
 static void attention_fwd(const AttentionArgs& args) {
-  const Tasks tasks(args);
-  Forward forward{args, tasks, nullptr};
-  if (tasks.split) forward.partials = thread_scratch(10, tasks.total * tasks.slot);
-  parallel_tasks(tasks.total, [&](int64_t task) {
-    int64_t place;
-    const int64_t b = tasks.find(task, &place);
-    forward.run(sequence(args, b), place, task);
+  Forward forward{args, 0, nullptr};
+  const Pieces tasks(args, (int64_t*)thread_scratch(9, 2 * args.B), [&](const Sequence& s) {
+    const Plan plan(args, s);
+    if (plan.splits > 1) forward.slot = larger(forward.slot, plan.blocks.rows_each * (args.Dv + 2));
+    return plan.tasks();
   });
-  if (!tasks.split) return;
-  parallel_tasks(tasks.total, [&](int64_t task) {
-    int64_t place;
-    const int64_t b = tasks.find(task, &place);
-    forward.join(sequence(args, b), place, task);
+  forward.partials = thread_scratch(10, tasks.total() * forward.slot);
+  parallel_tasks(tasks.total(), [&](int64_t task) {
+    const int64_t b = tasks.sequence_of(task);
+    forward.run(sequence(args, b), task - tasks.begin(b), task);
+  });
+  if (forward.slot == 0) return;
+  parallel_tasks(tasks.total(), [&](int64_t task) {
+    const int64_t b = tasks.sequence_of(task);
+    forward.join(sequence(args, b), task - tasks.begin(b), task);
   });
 }
 

@@ -25,6 +25,31 @@ static Sequence sequence(const AttentionArgs& args, int64_t b) {
   return s;
 }
 
+// Pieces of sequences that differ in length (tasks, blocks, chunks), counted up.
+struct Pieces {
+  int64_t B;
+  int64_t* ends;  // (B,): pieces of this and all earlier sequences
+
+  template <class Count>
+  Pieces(const AttentionArgs& args, int64_t* memory, Count count) : B(args.B), ends(memory) {
+    for (int64_t b = 0, sum = 0; b < B; ++b) ends[b] = sum += count(sequence(args, b));
+  }
+  int64_t total() const { return B == 0 ? 0 : ends[B - 1]; }
+  int64_t begin(int64_t b) const { return b == 0 ? 0 : ends[b - 1]; }
+  int64_t of(int64_t b) const { return ends[b] - begin(b); }
+  int64_t sequence_of(int64_t piece) const {
+    int64_t low = 0, high = B - 1;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (ends[middle] <= piece)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+};
+
 // A half-open range of keys.
 struct Range {
   int64_t begin, end;

@@ -18,8 +18,6 @@ struct Kernels {
   int lanes;
   void (*attention_fwd)(const AttentionArgs&);
   void (*attention_bwd)(const AttentionArgs&, const AttentionGradients&);
-  int64_t (*attention_blocks)(int64_t Sq);
-  int64_t (*attention_chunks)(int64_t Sk);
   void (*cross_entropy_fwd)(const CrossEntropyArgs&);
   void (*cross_entropy_bwd)(const CrossEntropyArgs&);
   void (*gelu_fwd)(const GeluArgs&);

@@ -1,5 +1,6 @@
 // The 16-bit formats, and their conversion one at a time, bit-exact (to nearest, ties to even).
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -185,30 +185,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(
 
 static Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
-// dquery is summed in fp32: in its own memory where that is fp32.
-static Tensor fp32_zeros(const ResultLike& dquery) {
-  const Tensor& rows = dquery.rows();
-  if (rows.scalar_type() != ScalarType::Float)
-    return torch::stable::new_zeros(rows, rows.sizes(), ScalarType::Float);
-  Tensor zeros = rows;
-  return torch::stable::zero_(zeros);
-}
-
-// (B, Hq, chunks) shares of the slopes' gradients -> the gradient, in the slopes' shape and dtype.
-static Tensor sum_slopes(const Tensor& shares, const Tensor& slopes) {
-  const int64_t B = shares.size(0), Hq = shares.size(1), chunks = shares.size(2);
-  const bool each = slopes.dim() == 2;
-  Tensor sums = torch::stable::new_zeros(shares, slopes.sizes());
-  const float* from = shares.const_data_ptr<float>();
-  float* to = static_cast<float*>(sums.mutable_data_ptr());
-  for (int64_t h = 0; h < Hq; ++h) {
-    double sum = 0;
-    for (int64_t b = 0; b < B; ++b) {
-      if (each) sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += from[(b * Hq + h) * chunks + c];
-      to[each ? b * Hq + h : h] = static_cast<float>(sum);
-    }
-  }
+// The slopes' gradient of each sequence, (B, Hq) -> the gradient, in the slopes' shape and dtype.
+static Tensor sum_slopes(const Tensor& each, const Tensor& slopes) {
+  if (slopes.dim() == 2) return torch::stable::to(each, slopes.scalar_type());
+  const int64_t B = each.size(0), Hq = each.size(1);
+  Tensor sums = torch::stable::new_zeros(each, {Hq});
+  const double* from = each.const_data_ptr<double>();
+  double* to = static_cast<double*>(sums.mutable_data_ptr());
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < Hq; ++h) to[h] += from[b * Hq + h];
   return torch::stable::to(sums, slopes.scalar_type());
 }
 
@@ -262,17 +247,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   AttentionGradients grads{};
   grads.dout = heads(dout);
   grads.delta = static_cast<float*>(delta.mutable_data_ptr());
-  const Tensor dquery_sums = fp32_zeros(dquery);
-  if (needs & 1) grads.dquery = heads(dquery_sums);
+  Tensor dquery_rows = dquery.rows();
+  torch::stable::zero_(dquery_rows);
+  if (needs & 1) grads.dquery = heads(dquery_rows);
   if (needs & 2) grads.dkey = heads(dkey.rows());
   if (needs & 4) grads.dvalue = heads(dvalue.rows());
-  const int64_t blocks = kernels().attention_blocks(args.Sq);
-  const int64_t chunks = kernels().attention_chunks(args.Sk);
-  Tensor turns = torch::stable::new_zeros(
-      query, {std::max<int64_t>(1, args.B * args.Hq * blocks)}, ScalarType::Int);
-  grads.turns = static_cast<std::atomic<int32_t>*>(turns.mutable_data_ptr());
 
-  Tensor dbias = nothing(query), dslopes = nothing(query), dsinks = nothing(query), shares;
+  Tensor dbias = nothing(query), dslopes = nothing(query), dsinks = nothing(query), sums;
   if (bias && (needs >> 3 & 1)) {
     dbias = torch::stable::empty_like(*held.bias);
     torch::stable::zero_(dbias);
@@ -280,14 +261,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   }
   const bool needs_slopes = alibi_slopes && (needs >> 4 & 1);
   if (needs_slopes) {
-    shares = torch::stable::new_zeros(lse, {args.B, args.Hq, chunks});
-    grads.slope_sums = static_cast<float*>(shares.mutable_data_ptr());
+    sums = torch::stable::new_zeros(lse, {args.B, args.Hq}, ScalarType::Double);
+    grads.slope_sums = static_cast<double*>(sums.mutable_data_ptr());
   }
   if (args.Hq > 0) kernels().attention_bwd(args, grads);
-  if (needs_slopes) dslopes = sum_slopes(shares, *alibi_slopes);
+  if (needs_slopes) dslopes = sum_slopes(sums, *alibi_slopes);
   if (sinks && (needs >> 5 & 1)) dsinks = sum_sinks(args, grads.delta, *sinks);
-  if (grads.dquery.data != nullptr && dquery.rows().scalar_type() != ScalarType::Float)
-    torch::stable::copy_(dquery.rows(), dquery_sums);
   return {dquery.finish(),          dkey.finish(), dvalue.finish(),
           in_dtype_of(bias, dbias), dslopes,       dsinks};
 }

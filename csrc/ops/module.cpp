@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 
 #include "../cpu/dispatch.h"
 
@@ -12,8 +13,15 @@ namespace fastattn {
 
 void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // the first: torch's parallel_for would lose what it says
   const auto work = [&](int64_t, int64_t) {
-    for (int64_t task = next++; task < tasks; task = next++) body(context, task);
+    try {
+      for (int64_t task = next++; task < tasks; task = next++) body(context, task);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+      next = tasks;
+    }
   };
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t workers = tasks < threads ? tasks : threads;
@@ -21,23 +29,23 @@ void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
     work(0, 0);
   else
     torch::stable::parallel_for(0, workers, 1, work);
+  if (error) std::rethrow_exception(error);
 }
 
 float* thread_scratch(int slot, int64_t floats) {
-  struct Buffer {
-    float* data = nullptr;
-    int64_t floats = 0;
-    ~Buffer() { std::free(data); }
-  };
-  static thread_local Buffer buffers[16];
-  Buffer& buffer = buffers[slot];
-  if (buffer.floats < floats) {
-    std::free(buffer.data);
-    buffer.floats = (floats + 1023) / 1024 * 1024;
-    buffer.data = static_cast<float*>(std::aligned_alloc(64, buffer.floats * sizeof(float)));
-    STD_TORCH_CHECK(buffer.data != nullptr, "fastattn: out of memory for a kernel's scratch");
-  }
-  return buffer.data;
+  static thread_local Memory buffers[16];
+  return buffers[slot].reserve(floats);
+}
+
+Memory::~Memory() { std::free(data_); }
+
+float* Memory::reserve(int64_t floats) {
+  if (data_ != nullptr && floats <= floats_) return data_;
+  std::free(data_);
+  floats_ = floats / 1024 * 1024 + 1024;
+  data_ = static_cast<float*>(std::aligned_alloc(64, floats_ * sizeof(float)));
+  STD_TORCH_CHECK(data_ != nullptr, "fastattn: out of memory for a kernel's scratch");
+  return data_;
 }
 
 }  // namespace fastattn
