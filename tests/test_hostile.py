@@ -245,7 +245,11 @@ def test_garbage_past_key_lengths_never_leaks_backward():
     "score, softcap", [(40.0, 1.0), (45.0, 1.0), (1e3, 1.0), (2300.0, 50.0), (3.0, 1e-50)]
 )
 def test_softcap_of_scores_far_beyond_it(score, softcap):
-    q, k, v = torch.tensor([[[[1.0]]]]), torch.tensor([[[[score], [0.0]]]]), torch.eye(2)[None, None]
+    q, k, v = (
+        torch.tensor([[[[1.0]]]]),
+        torch.tensor([[[[score], [0.0]]]]),
+        torch.eye(2)[None, None],
+    )
     call = lambda *x: fa.attention(*x, scale=1.0, softcap=softcap)  # noqa: E731
     holds(call, q, k, v)
 
@@ -335,6 +339,7 @@ def test_inputs_that_overlap_themselves(name):
         if name == "cross_entropy":
             return fa.cross_entropy(x, torch.zeros(5, dtype=torch.int64))
         return fa.swiglu(x, x) if name == "swiglu" else getattr(fa, name)(x).square() * 2
+
     for found, truth in both(call, numbers):
         right(found, truth)
 
@@ -398,3 +403,14 @@ def test_rows_at_the_limits_of_float32():
         right(function(x, backend="cpu"), function(x.double(), backend="reference"))
     silu = fa.swiglu(torch.tensor([-torch.inf]), torch.ones(1), backend="cpu")
     assert silu.isnan()  # -inf * 0, as torch's
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, 3e5])
+def test_cross_entropy_of_logits_far_from_zero(offset):
+    torch.manual_seed(0)
+    x = offset + torch.randn(8, 50)
+    for options in ({}, {"label_smoothing": 0.2, "z_loss": 1e-9}):
+        call = lambda x, o=options: fa.cross_entropy(x, torch.arange(8), **o)  # noqa: E731
+        for found, truth in both(call, x):
+            worst, largest = (found - truth).abs().max().item(), truth.abs().max().item()
+            assert worst <= 1e-6 * largest

@@ -19,6 +19,13 @@ FA_INLINE float largest_entry(const T* x, int64_t C) {
 }
 
 template <class T>
+FA_INLINE float sum_exp(const T* x, int64_t C, float shift) {
+  return sum_vectors(C, [=](int64_t c, auto lanes) FA_STEP {
+    return exp(load(x + c, lanes, -kInf) - splat(shift));
+  });
+}
+
+template <class T>
 static void cross_entropy_row(const CrossEntropyArgs& args, int64_t row) {
   const int64_t target = args.target[row], V = args.V;
   const T* x = (const T*)args.logits + row * args.row;
@@ -33,13 +40,12 @@ static void cross_entropy_row(const CrossEntropyArgs& args, int64_t row) {
       row_max = most;
     }
     // a NaN logit is in no maximum, and reaches the sum here; all of -inf sums to 0
-    const Vec shift = splat(row_max == -kInf ? 0.f : row_max);
-    row_sum += sum_vectors(n, [=](int64_t c, auto lanes) FA_STEP {
-      return exp(load(piece + c, lanes, -kInf) - shift);
-    });
-    if (args.smoothing > 0)
-      total +=
-          sum_vectors(n, [=](int64_t c, auto lanes) FA_STEP { return load(piece + c, lanes); });
+    const float shift = row_max == -kInf ? 0.f : row_max;
+    row_sum += sum_exp(piece, n, shift);
+    if (args.smoothing > 0)  // less the maximum: a fp32 sum of logits near 1e4 would lose 1e-4
+      total += (double)n * shift + sum_vectors(n, [=](int64_t c, auto lanes) FA_STEP {
+                 return load(piece + c, lanes, shift) - splat(shift);
+               });
   }
   const double lse = row_sum == 0 ? -kInf : row_max + std::log(row_sum);
   args.lse[row] = (float)lse;
@@ -52,6 +58,9 @@ static void cross_entropy_row(const CrossEntropyArgs& args, int64_t row) {
   args.loss[row] = (float)(loss + args.z_loss * lse * lse);
 }
 
+// Beyond this an lse rounded to fp32 puts more than 1e-6 into p = exp(x - lse).
+constexpr float kLargeLse = 16.f;
+
 template <class T>
 static void cross_entropy_grad_row(const CrossEntropyArgs& args, int64_t row) {
   const int64_t target = args.target[row], V = args.V;
@@ -63,7 +72,14 @@ static void cross_entropy_grad_row(const CrossEntropyArgs& args, int64_t row) {
     return;
   }
   const float lse = args.lse[row];
-  const float scale = dloss * (1.f + 2.f * args.z_loss * lse), even = dloss * args.smoothing / V;
+  double sum = 1;  // of p: divided by it, p is free of what lse lost
+  if (std::fabs(lse) > kLargeLse) {
+    sum = 0;
+    for (int64_t start = 0; start < V; start += kPieceEntries)
+      sum += sum_exp(x + start, smaller(kPieceEntries, V - start), lse);
+  }
+  const float scale = dloss * (1.f + 2.f * args.z_loss * lse) / (float)sum;
+  const float even = dloss * args.smoothing / V;
   const float chosen = dloss * (1.f - args.smoothing);
   // before dx, which may be x, is written
   const float p_target = std::exp(to_float(x[target]) - lse);
