@@ -376,9 +376,9 @@ def attention_decode(
     if cache.page_table is None:
         key, value = cache.key, cache.value
     else:  # what a dense cache of this table would look like, for the checks: no memory is made
-        B, max_pages = cache.page_table.shape
+        B = len(cache.page_table)
         key, value = (
-            x[:1, :1].transpose(1, 2).expand(B, -1, max_pages * x.shape[1], -1)
+            x[:1, :1].transpose(1, 2).expand(B, -1, cache.max_length, -1)
             for x in (cache.key, cache.value)
         )
     options = Options(
@@ -396,9 +396,20 @@ def attention_decode(
     )
     tensors, spec = prepare(name, query, key, value, options)
     if cache.page_table is not None:
-        tensors = tensors._replace(key=cache.key, value=cache.value, page_table=cache.page_table)
+        width = cache.page_table.shape[1] * cache.key.shape[1]
+        mask, bias = (as_wide_as_pages(x, width) for x in (tensors.mask, tensors.bias))
+        tensors = tensors._replace(
+            key=cache.key, value=cache.value, mask=mask, bias=bias, page_table=cache.page_table
+        )
     out, lse, _ = run(name, tensors, spec._replace(diagonal_at_length=True), None, backend)
     return (out, lse) if return_lse else out
+
+
+def as_wide_as_pages(x: Tensor | None, width: int) -> Tensor | None:
+    """A mask or bias (..., max_length) that reaches the end of the last page."""
+    if x is None or x.shape[-1] in (1, width):
+        return x
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def integers(operator: str, name: str, given: Any) -> list[int]:

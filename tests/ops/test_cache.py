@@ -148,6 +148,28 @@ def test_gradient_of_a_decoded_query(page_size):
         torch.testing.assert_close(found[b].double(), wanted[0], atol=2e-6, rtol=2e-6)
 
 
+@paged
+@pytest.mark.parametrize("name", ["mask", "bias", "alibi_slopes"])
+def test_options_of_a_decode(page_size, name):
+    """mask and bias are as wide as max_length, which need not be a whole number of pages."""
+    torch.manual_seed(0)
+    key, value = torch.randn(2, HKV, 9, D), torch.randn(2, HKV, 9, DV)
+    cache = fa.KVCache(2, HKV, D, max_length=20, page_size=page_size, value_head_dim=DV)
+    cache.append(key, value, new_lengths=[9, 4])
+    wide = torch.randn(2, HQ, 2, 20)
+    option = {"mask": wide > 0, "bias": wide, "alibi_slopes": wide[0, :, 0, 0].abs()}[name]
+    query = torch.randn(2, HQ, 2, D)
+    for backend in ("cpu", "reference"):
+        out = fa.attention_decode(query, cache, **{name: option}, backend=backend)
+        for b, n in enumerate((9, 4)):
+            own = option if name == "alibi_slopes" else option[b : b + 1, ..., :n]
+            row = slice(b, b + 1)
+            wanted = fa.attention(
+                query[row], key[row, :, :n], value[row, :, :n], causal=True, **{name: own}
+            )
+            torch.testing.assert_close(out[row], wanted, atol=2e-6, rtol=2e-6)
+
+
 def test_pages_have_no_gradient():
     cache = fa.KVCache(1, 1, 4, max_length=4, page_size=2)
     cache.append(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4))
