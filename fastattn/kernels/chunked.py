@@ -19,8 +19,15 @@ from torch import Tensor
 CHUNK = 12_800_000
 
 
-def chunks(R: int, V: int) -> Iterator[slice]:
+# Rows a chunk in fp16, whose products end at 65504: gradients of at most 1 by hidden of at most 255.
+HALF_ROWS = 256
+
+
+def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    R, V = hidden.shape[0], weight.shape[0]
     rows = max(CHUNK // max(V, 1), 16)
+    if hidden.dtype == torch.float16:
+        rows = min(rows, HALF_ROWS)
     return (slice(start, min(start + rows, R)) for start in range(0, R, rows))
 
 
@@ -56,6 +63,10 @@ class Gradients:
         dbias = self.bias if bias is None else self.bias.to(bias.dtype)
         return self.hidden, self.weight.to(weight.dtype), dbias
 
+    def unscaled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For the sum of the losses: sums over rows stay fp32, which fp16 may not hold before a mean."""
+        return self.hidden, self.weight, self.bias
+
 
 def forward(
     ops: Any,
@@ -68,14 +79,14 @@ def forward(
     *spec, ahead = scalars
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     gradients = Gradients(hidden, weight, bias, ahead)
-    for rows in chunks(hidden.shape[0], weight.shape[0]):
+    for rows in chunks(hidden, weight):
         logits = product(hidden[rows], weight, bias)
         loss[rows], lse = ops.cross_entropy_fwd(logits, target[rows], *spec)
         if ahead:
             ones = torch.ones((), device=loss.device).expand(len(logits))
             ops.cross_entropy_bwd_(ones, logits, target[rows], lse, *spec)
             gradients.add(rows, logits)
-    return loss, *gradients.results()
+    return loss, *gradients.unscaled()
 
 
 def backward(
@@ -93,9 +104,11 @@ def backward(
     *spec, ahead, needs = scalars
     if ahead:  # of the sum of the losses: every row has the same dloss, and no rows have 0
         scale = dloss[:1].sum()
-        return tuple((g * scale).to(g.dtype) for g in (ahead_hidden, ahead_weight, ahead_bias))  # type: ignore[return-value]
+        ready = (ahead_hidden, ahead_weight, ahead_bias)
+        inputs = (hidden, weight, hidden if bias is None else bias)
+        return tuple((g * scale).to(x.dtype) for g, x in zip(ready, inputs, strict=True))  # type: ignore[return-value]
     gradients = Gradients(hidden, weight, bias, needs)
-    for rows in chunks(hidden.shape[0], weight.shape[0]):
+    for rows in chunks(hidden, weight):
         logits = product(hidden[rows], weight, bias)
         _, lse = ops.cross_entropy_fwd(logits, target[rows], *spec)
         ops.cross_entropy_bwd_(dloss[rows], logits, target[rows], lse, *spec)

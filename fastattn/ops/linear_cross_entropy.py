@@ -21,10 +21,11 @@ def fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *scalars: int
 ) -> tuple[Tensor, ...]:
     ahead = scalars[-1]
-    gradients = (
-        torch.empty_like(x) if x is not None and ahead >> bit & 1 else hidden.new_empty(0)
-        for bit, x in enumerate((hidden, weight, bias))
-    )
+    sums = torch.promote_types(weight.dtype, torch.float32)  # over rows, not yet scaled
+    gradients = [torch.empty_like(hidden) if ahead & 1 else hidden.new_empty(0)]
+    for bit, x in enumerate((weight, bias), 1):
+        wanted = x is not None and ahead >> bit & 1
+        gradients.append(x.new_empty(x.shape, dtype=sums) if wanted else hidden.new_empty(0))  # type: ignore[union-attr]
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32), *gradients
 
 

@@ -42,6 +42,20 @@ def test_in_place_serves_one_backward():
         loss.backward()
 
 
+def test_in_place_where_rows_share_memory():
+    """Expanded logits are no place for a gradient a row."""
+    row = torch.randn(1, V, requires_grad=True)
+    losses = [
+        fa.cross_entropy(row.expand(R, V), TARGET, reduction="sum", inplace_backward=inplace)
+        for inplace in (True, False)
+    ]
+    for a, b in zip(*(torch.autograd.grad(loss, row) for loss in losses), strict=True):
+        torch.testing.assert_close(a, b)
+    assert (
+        fa.cross_entropy(row.expand(0, V), TARGET[:0], reduction="sum", inplace_backward=True) == 0
+    )
+
+
 def test_inputs_stay_unchanged_unless_asked():
     x = torch.randn(R, V, requires_grad=True)
     before = x.detach().clone()
@@ -130,3 +144,20 @@ def test_linear_cross_entropy_compiles_and_has_second_derivatives():
     found = torch.autograd.grad(compiled(*small), small)
     for a, b in zip(found, first, strict=True):
         torch.testing.assert_close(a.double(), b.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_float16_sums_of_many_rows_are_scaled_before_they_are_rounded(bias):
+    """The gradient of the sum of 70000 losses passes 65504; that of their mean, which is asked for, is 1."""
+    torch.manual_seed(0)
+    hidden = torch.full((70000, 8), 2.0, dtype=torch.float16)
+    leaves = [(torch.randn(4, 8) * 0.01).half().requires_grad_()]
+    leaves += [torch.zeros(4, dtype=torch.float16, requires_grad=True)] if bias else []
+    target = torch.zeros(70000, dtype=torch.int64)
+    loss = fa.linear_cross_entropy(hidden, leaves[0], target, bias=leaves[1] if bias else None)
+    doubles = [x.double() for x in leaves]
+    truth = F.cross_entropy(F.linear(hidden.double(), *doubles), target)
+    found, wanted = (torch.autograd.grad(x, leaves) for x in (loss, truth))
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float16
+        torch.testing.assert_close(a.float(), b.float(), atol=2e-3, rtol=2e-3)
