@@ -43,6 +43,30 @@ def test_same_bits_for_any_number_of_threads_and_any_time(threads, dtype):
     assert not wrong
 
 
+def test_same_bits_of_large_rows_for_any_number_of_threads(threads):
+    """Rows longer, and more of them, than one thread's share."""
+    torch.manual_seed(0)
+    wide, tall, w = torch.randn(40, 20000), torch.randn(300_000, 4), torch.randn(20000)
+    target = torch.randint(0, 4, (300_000,))
+    calls = [
+        lambda x, t: fa.layer_norm(x, w, w), lambda x, t: fa.rms_norm(x, w), lambda x, t: fa.softmax(x),
+        lambda x, t: fa.gelu(x, bias=w), lambda x, t: fa.swiglu(x, x),
+        lambda x, t: fa.cross_entropy(x, target[:40]), lambda x, t: fa.cross_entropy(t, target),
+        lambda x, t: fa.cross_entropy(t, target, reduction="sum"), lambda x, t: fa.layer_norm(t, w[:4]),
+    ]  # fmt: skip
+    for at, call in enumerate(calls):
+        found = []
+        for n in (1, 2, 3, 7):
+            threads(n)
+            leaves = [x.detach().requires_grad_() for x in (wide, tall)]
+            w.requires_grad_().grad = None
+            out = call(*leaves)
+            grads = torch.autograd.grad(out.square().sum() / 3, [*leaves, w], allow_unused=True)
+            found.append([x for x in (out, *grads) if x is not None])
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), at
+
+
 @pytest.mark.parametrize("Sq, Sk", [(1, 700), (5, 5), (130, 70), (200, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_does_not_see_its_neighbours_in_the_batch(Sq, Sk, dtype):

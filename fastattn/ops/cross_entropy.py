@@ -89,7 +89,8 @@ def cross_entropy(
     checks.is_flag(name, inplace_backward=inplace_backward)
     check_options(name, logits, target, ignore_index, label_smoothing, z_loss, reduction)
     flat, rows = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
-    if flat.stride(-1) != 1:
+    overlap = inplace_backward and flat.stride(0) < flat.shape[1]  # rows of one memory: no place
+    if flat.stride(-1) != 1 or overlap:
         flat = flat.contiguous()
     arguments = (flat, rows, ignore_index, float(label_smoothing), float(z_loss))
     operator = "cross_entropy_inplace" if inplace_backward else name
@@ -118,6 +119,14 @@ def check_options(
     checks.one_of(name, "reduction", reduction, ("mean", "sum", "none"))
 
 
+def total(loss: Tensor) -> Tensor:
+    """The sum of (R,) in an order that no number of threads changes: torch shares a sum of 32768 numbers
+    and more among its threads, but not the sum of a row."""
+    if loss.shape[0] >= 16384:
+        loss = torch.nn.functional.pad(loss, (0, -loss.shape[0] % 4096)).reshape(-1, 4096).sum(1)
+    return loss.sum()
+
+
 def reduced(
     loss: Tensor, target: Tensor, ignore_index: int, reduction: str, like: Tensor
 ) -> Tensor:
@@ -125,7 +134,7 @@ def reduced(
     if reduction == "none":
         loss = loss.reshape(target.shape)
     else:
-        loss = loss.sum()
+        loss = total(loss)
         if reduction == "mean":
             loss = loss / (target != ignore_index).sum()
     return loss if dispatch.autocasts(like.device.type) else loss.to(like.dtype)
