@@ -28,6 +28,7 @@ const Kernels kernels = {
     .norm_fwd = norm_fwd,
     .norm_bwd = norm_bwd,
     .rotary = rotary,
+    .rotary_tables = rotary_tables,
     .softmax_fwd = softmax_fwd,
     .softmax_bwd = softmax_bwd,
 };

@@ -27,6 +27,7 @@ struct Kernels {
   void (*norm_fwd)(const NormArgs&);
   void (*norm_bwd)(const NormArgs&);
   void (*rotary)(const RotaryArgs&);
+  void (*rotary_tables)(const RotaryTablesArgs&);
   void (*softmax_fwd)(const SoftmaxArgs&);
   void (*softmax_bwd)(const SoftmaxArgs&);
 };

@@ -17,4 +17,13 @@ struct RotaryArgs {
   bool interleaved, inverse;
 };
 
+// The gradients of cos and sin: sums over the heads of the tokens that each row of them turned.
+struct RotaryTablesArgs {
+  RotaryArgs turned;      // y: its gradient
+  int64_t P;              // rows of cos and sin
+  const int64_t* starts;  // (P + 1,): where a row's tokens start in
+  const int64_t* tokens;  // (B * S,), b * S + s, in order
+  float *dcos, *dsin;     // (P, half)
+};
+
 }  // namespace fastattn

@@ -14,7 +14,8 @@ KERNELS: list[tuple[Operator, frozenset[str]]] = [
     (cross_entropy.OPERATOR, frozenset()),
     (activation.GELU, frozenset({"bias"})),
     (activation.GLU, frozenset()),
-    (rotary.OPERATOR, frozenset({"positions"})),
+    (rotary.OPERATOR, rotary.FEATURES),
+    (rotary.TABLES_OPERATOR, rotary.FEATURES),
 ]
 
 

@@ -31,7 +31,16 @@ OPERATOR = Operator(
     define_backward=turn_back,
     fake=lambda x, *rest: torch.empty_like(x),
 )
-FEATURES = frozenset({"positions", "table_gradient"})
+# The same rotation where cos or sin wants a gradient: its backward keeps x, which the other does not.
+TABLES_OPERATOR = Operator(
+    "rotary_tables",
+    f"(Tensor x, {TABLES}) -> Tensor y",
+    f"(Tensor dy, Tensor x, {TABLES}, int needs) -> (Tensor dx, Tensor dcos, Tensor dsin)",
+    differentiable=["x", "cos", "sin"],
+    define=reference.rotary,
+    fake=lambda x, *rest: torch.empty_like(x),
+)
+FEATURES = frozenset({"positions"})
 
 
 def check_data(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *flags: Any) -> None:
@@ -40,6 +49,7 @@ def check_data(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *f
 
 
 dispatch.register_definition(OPERATOR, FEATURES, check=check_data)
+dispatch.register_definition(TABLES_OPERATOR, FEATURES, check=check_data)
 
 
 def rotary(
@@ -79,7 +89,17 @@ def rotary(
         checks.has_shape("rotary", "positions", positions, (S,), (B, S), layout="(S,) or (B, S)")
         positions = positions.long()[None] if positions.dim() == 1 else positions.long()
     features = ["positions"] if positions is not None else []
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        features.append("table_gradient")
-    call = dispatch.request("rotary", x, features, (x, cos, sin, positions, interleaved, False))
+    learned = torch.is_grad_enabled() and (wants_gradient(cos) or wants_gradient(sin))
+    operator = TABLES_OPERATOR if learned else OPERATOR
+    arguments = (x, cos, sin, positions, interleaved, False)
+    call = dispatch.request(operator.name, x, features, arguments, "rotary")
     return dispatch.run(call, backend)
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """requires_grad, of what a transformation of torch.func wraps too: vmap's wrapper says no."""
+    while not x.requires_grad:
+        if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True

@@ -66,12 +66,14 @@ def attention(
     sinks: bool = False,
     seqlens: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     dark: bool = False,
+    wide: bool = False,
     **options: Any,
 ) -> Case:
-    """size: of the logits, in units of the usual; layout: bhsd, bshd, sliced or expanded. bias, mask:
-    dimensions as in "bhqk", 1 where they broadcast. hole: share of -inf in the bias. lengths:
-    key_lengths, with NaN behind them. slopes: "h" or "bh". dark: a mask with whole rows of False.
-    seqlens: packed, the lengths of queries and keys. options: keywords of the function."""
+    """size: of the logits, in units of the usual; layout: bhsd, bshd, sliced, expanded or overlapping.
+    bias, mask: dimensions as in "bhqk", 1 where they broadcast. hole: share of -inf in the bias. wide: a
+    bias in float64. dark: a mask with whole rows of False. lengths: key_lengths, with NaN behind them.
+    slopes: "h" or "bh". seqlens: packed, the lengths of queries and keys. options: keywords of the
+    function."""
     Hkv, Dv = Hkv or Hq, Dv or D
     full = {"b": B, "h": Hq, "q": Sq, "k": Sk}
 
@@ -113,6 +115,8 @@ def attention(
     def call(x: Inputs, backend: str | None, generator: torch.Generator) -> tuple[Tensor, ...]:
         query, key, value = (laid_out(x[n], layout) for n in ("query", "key", "value"))
         rest = {n: t for n, t in x.items() if n not in ("query", "key", "value")}
+        if wide and "bias" in rest:
+            rest["bias"] = rest["bias"].double()
         if lengths:
             key, value = (poisoned(t, x["key_lengths"]) for t in (key, value))
         common = {**options, **rest, "return_lse": True, "generator": generator, "backend": backend}
@@ -126,13 +130,15 @@ def attention(
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers elsewhere in memory."""
+    """The same numbers elsewhere in memory, or fewer that are read several times."""
     if layout == "bshd":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "sliced":
         return torch.cat([x, x], -1)[..., : x.shape[-1]]
     if layout == "expanded":
         return x[:, :1].expand_as(x)
+    if layout == "overlapping":  # row i + 1 is row i, one number on
+        return x.flatten(2)[..., : x.shape[2] + x.shape[3] - 1].unfold(-1, x.shape[3], 1)
     return x
 
 
@@ -166,6 +172,7 @@ def attention_cases() -> Iterator[Case]:
     yield attention("mask", "several tiles", mask="bhqk", Sq=200, Sk=300, causal=True)
     yield attention("bias", "several tiles", bias="1hqk", Sq=200, Sk=300, causal=True)
     yield attention("bias", "with -inf", bias="bhqk", hole=0.5)
+    yield attention("bias", "float64", bias="1hqk", wide=True)
     yield attention("key_lengths", "", lengths=(67, 20))
     yield attention("key_lengths", "with 0", lengths=(0, 5), causal=True)
     yield attention("key_lengths", "several tiles", lengths=(300, 130), Sk=300, window=(50, 20))
@@ -181,7 +188,9 @@ def attention_cases() -> Iterator[Case]:
     yield attention("large logits", "30 causal", size=30.0, causal=True, Sq=67)
     yield attention("scale", "0", scale=0.0)
     yield attention("scale", "-0.5", scale=-0.5)
-    for layout in ("bshd", "sliced", "expanded"):
+    for scale in (30.0, 100.0, 1000.0):
+        yield attention("large logits", f"scale={scale}", scale=scale, causal=True, Sq=67)
+    for layout in ("bshd", "sliced", "expanded", "overlapping"):
         yield attention("layout", layout, layout=layout, causal=True)
     for name, q, k in (
         ("self", (5, 40, 1), (5, 40, 1)),
@@ -318,8 +327,9 @@ def softmax_cases() -> Iterator[Case]:
 
 def loss_cases() -> Iterator[Case]:
     def case(
-        feature: str, name: str, V: int = 50, R: int = 6, size: float = 3.0, **options: Any
-    ) -> Case:
+        feature: str, name: str, V: int = 50, R: int = 6, size: float = 3.0, shift: float = 0.0,
+        **options: Any,
+    ) -> Case:  # fmt: skip
         target = torch.randint(0, V, (R,), generator=torch.Generator().manual_seed(V))
         target[R // 2] = options.get("ignore_index", -100)
 
@@ -327,7 +337,9 @@ def loss_cases() -> Iterator[Case]:
             logits = x["logits"]
             return fa.cross_entropy(logits, target.to(logits.device), backend=b, **options)
 
-        return rows_case("cross_entropy", feature, name, {"logits": (R, V)}, call, size=size)
+        return rows_case(
+            "cross_entropy", feature, name, {"logits": (R, V)}, call, size=size, shift=shift
+        )
 
     for V in (1, 7, 50, 1000, 50257):
         yield case("plain", f"V={V}", V)
@@ -337,6 +349,7 @@ def loss_cases() -> Iterator[Case]:
     yield case("label_smoothing", "0.1", label_smoothing=0.1)
     yield case("z_loss", "0.01", z_loss=0.01, label_smoothing=0.2)
     yield case("large logits", "x 100", size=100.0)
+    yield case("large logits", "around 10000", shift=1e4, label_smoothing=0.1)
 
     def linear(feature: str, name: str, bias: bool = False, **options: Any) -> Case:
         target = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(1))
@@ -404,6 +417,14 @@ def rotary_cases() -> Iterator[Case]:
                                  positions=there, backend=b)  # fmt: skip
 
             yield rows_case("rotary", kind, name, {"x": (2, 3, 5, D)}, call)
+
+            def learned(
+                x: Inputs, b: Any, g: Any, interleaved: bool = interleaved, at: Any = at
+            ) -> Any:
+                return fa.rotary(**x, interleaved=interleaved, positions=at, backend=b)
+
+            shapes = {"x": (2, 3, 5, D), "cos": (40, 6), "sin": (40, 6)}
+            yield rows_case("rotary", f"{kind}, learned", name, shapes, learned)
 
 
 CASES: tuple[Case, ...] = (

@@ -33,6 +33,7 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "gelu": reference.gelu,
     "glu": reference.glu,
     "rotary": reference.rotary,
+    "rotary_tables": reference.rotary,
 }
 
 

@@ -15,6 +15,7 @@ X, R, W = torch.randn(3, 4, 6), torch.randn(3, 4, 6), torch.randn(6)
 TARGET = torch.tensor([0, 5, -100])
 MASK = torch.rand(5, 5) > 0.3
 COS, SIN = torch.randn(5, 4), torch.randn(5, 4)
+POSITIONS = torch.tensor([[1, 4, 0, 2, 2], [0, 0, 1, 3, 4]])
 
 CALLS = {
     "attention": (lambda q, k, v, b: fa.attention(q, k, v, causal=True, bias=b), (A, B, C, A[..., :5])),
@@ -30,6 +31,7 @@ CALLS = {
     "swiglu": (lambda x, r: fa.swiglu(x, r), (X, R)),
     "geglu": (lambda x, r: fa.geglu(x, r), (X, R)),
     "rotary": (lambda x: fa.rotary(x, COS, SIN), (A,)),
+    "rotary_learned": (lambda x, c, s: fa.rotary(x, c, s), (A, COS, SIN)),
 }  # fmt: skip
 every_call = pytest.mark.parametrize("name", CALLS)
 every_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -143,6 +145,8 @@ OPERATORS = [
     (activation.GELU, (X, W, True)),
     (activation.GLU, (X, R, False, False)),
     (rotary.OPERATOR, (A, COS, SIN, None, False, False)),
+    (rotary.OPERATOR, (A.mT.contiguous().mT, COS, SIN, None, False, False)),
+    (rotary.TABLES_OPERATOR, (A, COS, SIN, POSITIONS, False, False)),
 ]  # fmt: skip
 
 
