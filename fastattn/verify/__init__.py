@@ -99,8 +99,9 @@ def run_verify(
     progress: Progress = lambda what, share: None,
 ) -> Report:
     """All cases of these operators on these backends, then the models unless only some operators or only
-    emulated backends are asked for. quick: every fourth case, and no models. By default all backends that are usable on the
-    device; one that the CPU only emulates then runs a sample, a case for each operator and dtype.
+    emulated backends are asked for. quick: every fourth case, and no models. By default all backends
+    that are usable on the device; one that the CPU only emulates then runs a sample, a case for each
+    operator and dtype.
     """
     start = time.perf_counter()
     report = Report(device)
