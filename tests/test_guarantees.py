@@ -86,9 +86,10 @@ def test_attention_does_not_see_its_neighbours_in_the_batch(Sq, Sk, dtype):
             assert torch.equal(x[0], y[b])
 
 
-def test_rows_do_not_see_their_neighbours():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_do_not_see_their_neighbours(dtype):
     torch.manual_seed(0)
-    x, w = torch.randn(50, 33), torch.randn(33)
+    x, w = torch.randn(50, 33).to(dtype), torch.randn(33).to(dtype)
     target = torch.randint(0, 33, (50,))
     calls = [
         lambda x, t: fa.layer_norm(x, w, w), lambda x, t: fa.rms_norm(x, w), lambda x, t: fa.softmax(x),
@@ -134,6 +135,35 @@ def test_calls_from_many_threads_at_once():
                 wrong.append(n)
 
     workers = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_threads_that_change_during_calls(threads):
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 300 + 50 * n, 16) for n in range(4)]
+
+    def call(x):
+        leaf, bias = (
+            x.clone().requires_grad_(),
+            torch.zeros(1, 1, 1, x.shape[2], requires_grad=True),
+        )
+        out = fa.attention(leaf, leaf, leaf, causal=True, bias=bias)
+        return torch.autograd.grad(out.square().sum(), (leaf, bias))
+
+    wanted = [call(x) for x in inputs]
+    wrong = []
+
+    def work(n):
+        for turn in range(8):
+            torch.set_num_threads((1, 2, 3, 7)[(n + turn) % 4])
+            found = call(inputs[n])
+            wrong.extend(n for a, b in zip(found, wanted[n], strict=True) if not torch.equal(a, b))
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -221,6 +221,20 @@ def test_merge_is_attention_over_all_keys():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_merge_has_the_gradients_of_its_formula():
+    outs = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    lses = [torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: fa.merge(x[:3], x[3:]), outs + lses)
+    nothing = [x.detach().clone().requires_grad_() for x in lses]
+    nothing[0].data[0, 0, 0] = -torch.inf
+    for x in nothing:
+        x.data[0, 1, 2] = -torch.inf
+    out, lse = fa.merge(outs, nothing)
+    loss = out.square().sum() + lse.exp().sum()
+    for grad in torch.autograd.grad(loss, outs + nothing):
+        assert grad.isfinite().all()
+
+
 def test_merge_of_packed_parts_and_of_nothing():
     out, lse = fa.merge([torch.ones(5, 2, 4), torch.zeros(5, 2, 4)], [torch.zeros(2, 5)] * 2)
     assert (out == 0.5).all() and torch.allclose(lse, torch.tensor(2.0).log())
