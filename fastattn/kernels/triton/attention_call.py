@@ -114,22 +114,21 @@ def as_read(*tensors: tuple[Tensor, int], pointers: bool = False) -> tuple[tuple
 
 
 def describable(x: Tensor) -> bool:
-    """Whether TMA can read it: 16-byte addresses and strides, rows of 16 bytes to 256 elements."""
-    unit = 16 // x.element_size()
+    """Whether TMA can read it: 16-byte addresses and strides, rows of 16 bytes to 256 elements. Not fp32,
+    whose products are the FP32 units': of tiles laid out for tensor cores they spill by the thousand."""
     strides = (stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
     return (
-        x.numel() > 0 and x.data_ptr() % 16 == 0 and unit <= x.shape[-1] <= 256
-        and all(stride % unit == 0 and stride > 0 for stride in strides)
+        x.element_size() == 2 and x.numel() > 0 and x.data_ptr() % 16 == 0 and 8 <= x.shape[-1] <= 256
+        and all(stride % 8 == 0 and stride > 0 for stride in strides)
     )  # fmt: skip
 
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """(B, H, S, D), or packed (total, H, D) as one sequence: boxes of `rows` whole rows of a head."""
-    x = x.transpose(0, 1)[None] if x.dim() == 3 else x
-    unit = 16 // x.element_size()
+    x = x.transpose(0, 1).unsqueeze(0) if x.dim() == 3 else x
     # a dimension of 1 may have any stride, but TMA wants a multiple of 16 bytes
     strides = [
-        unit if size == 1 else stride
+        8 if size == 1 else stride
         for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     ]
     box = [1, 1, rows, max(16, next_power_of_2(x.shape[-1]))]

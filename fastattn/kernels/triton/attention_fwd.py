@@ -236,7 +236,8 @@ def attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     keys, key_features = call.key_tensors(chosen)
     attention_fwd_kernel[grid](
         heads(call.query), *keys, *results, *call.tuples, call.features | key_features, call.D, call.DV,
-        chosen.block_m, chosen.block_n, together, split, call.precision, num_warps=chosen.warps, num_stages=chosen.stages,
+        chosen.block_m, chosen.block_n, together, split, call.precision, num_warps=chosen.warps,
+        num_stages=chosen.stages,
     )  # fmt: skip
     if split:
         attention_join_kernel[(call.rows,)](

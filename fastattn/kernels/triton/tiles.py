@@ -225,8 +225,10 @@ def key_rows(x, lengths, s, head, start, end, D: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 def box(x, s, head, row, BLOCK: tl.constexpr, COLS: tl.constexpr, FEATURES: tl.constexpr):
     """(BLOCK, COLS) by a descriptor; 0 outside the tensor."""
-    batch = (s.b * 0 if PACKED & FEATURES else s.b).to(tl.int32)
-    return x.load([batch, head, row.to(tl.int32), 0]).reshape(BLOCK, COLS)
+    if PACKED & FEATURES:  # one sequence, as the descriptor sees it
+        return x.load([0, head, row.to(tl.int32), 0]).reshape(BLOCK, COLS)
+    else:
+        return x.load([s.b.to(tl.int32), head, row, 0]).reshape(BLOCK, COLS)
 
 
 @triton.jit

@@ -53,22 +53,109 @@ def same(config: Config) -> Row:
     return config, config, config
 
 
-# TABLES-BEGIN
-SMALL: dict[tuple[str, int], Row] = {
-    (kernel + form, bits): same(C(32, 32, 4, 2))
-    for kernel in (
-        "attention_fwd",
-        "attention_bwd_keys",
-        "attention_bwd_queries",
-        "attention_bwd_bias",
-    )
-    for form in ("", " featured", " few")
-    for bits in (16, 32)
+# kernel and bits of an element -> configurations for D <= 64, D <= 128 and above
+TABLES: dict[str, dict[tuple[str, int], Row]] = {
+    "sm_80": {
+        ("attention_fwd", 16): (C(128, 128, 8, 2), C(128, 64, 8, 3), C(64, 32, 4, 2)),
+        ("attention_fwd", 32): (C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 8, 1)),
+        ("attention_fwd featured", 16): (C(128, 64, 8, 2), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+        ("attention_fwd featured", 32): (C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 8, 1)),
+        ("attention_fwd few", 16): (C(16, 64, 4, 3), C(16, 64, 4, 3), C(16, 64, 4, 2)),
+        ("attention_fwd few", 32): (C(16, 32, 4, 2), C(16, 32, 4, 2), C(16, 32, 4, 1)),
+        ("attention_bwd_keys", 16): (C(64, 128, 8, 2), C(32, 64, 4, 2), C(32, 32, 4, 1)),
+        ("attention_bwd_keys", 32): (C(32, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 1)),
+        ("attention_bwd_keys featured", 16): (C(32, 32, 4, 1), C(32, 64, 8, 2), C(32, 32, 4, 1)),
+        ("attention_bwd_keys featured", 32): (C(32, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 1)),
+        ("attention_bwd_queries", 16): (C(128, 64, 8, 2), C(64, 64, 4, 2), C(64, 32, 4, 1)),
+        ("attention_bwd_queries", 32): (C(64, 32, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+        ("attention_bwd_queries featured", 16): (C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 1)),
+        ("attention_bwd_queries featured", 32): (C(32, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+        ("attention_bwd_bias", 16): (C(64, 32, 4, 2), C(64, 32, 4, 2), C(64, 32, 8, 1)),
+        ("attention_bwd_bias", 32): (C(32, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+    },
+    "sm_90": {
+        ("attention_fwd", 16): (C(128, 64, 8, 3), C(128, 128, 8, 2), C(128, 64, 8, 2)),
+        ("attention_fwd", 32): (C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 8, 1)),
+        ("attention_fwd featured", 16): (C(128, 64, 8, 2), C(128, 64, 8, 2), C(64, 64, 8, 2)),
+        ("attention_fwd featured", 32): (C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 8, 1)),
+        ("attention_fwd few", 16): (C(16, 64, 4, 3), C(16, 64, 4, 3), C(16, 64, 4, 2)),
+        ("attention_fwd few", 32): (C(16, 32, 4, 2), C(16, 32, 4, 2), C(16, 32, 4, 1)),
+        ("attention_bwd_keys", 16): (C(64, 64, 4, 2), C(32, 64, 4, 2), C(32, 64, 8, 2)),
+        ("attention_bwd_keys", 32): (C(32, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 1)),
+        ("attention_bwd_keys featured", 16): (C(32, 64, 4, 2), C(32, 128, 8, 2), C(32, 32, 4, 1)),
+        ("attention_bwd_keys featured", 32): (C(32, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 1)),
+        ("attention_bwd_queries", 16): (C(64, 64, 4, 2), C(128, 64, 8, 2), C(64, 32, 4, 1)),
+        ("attention_bwd_queries", 32): (C(64, 32, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+        ("attention_bwd_queries featured", 16): (C(64, 32, 4, 2), C(64, 32, 4, 2), C(32, 32, 4, 1)),
+        ("attention_bwd_queries featured", 32): (C(32, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+        ("attention_bwd_bias", 16): (C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 1)),
+        ("attention_bwd_bias", 32): (C(32, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+    },
+    "sm_100": {
+        ("attention_fwd", 16): (C(128, 128, 8, 2), C(128, 128, 8, 2), C(128, 64, 8, 2)),
+        ("attention_fwd", 32): (C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 8, 1)),
+        ("attention_fwd featured", 16): (C(128, 64, 8, 2), C(128, 64, 8, 2), C(64, 64, 8, 2)),
+        ("attention_fwd featured", 32): (C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 8, 1)),
+        ("attention_fwd few", 16): (C(16, 64, 4, 3), C(16, 64, 4, 3), C(16, 64, 4, 2)),
+        ("attention_fwd few", 32): (C(16, 32, 4, 2), C(16, 32, 4, 2), C(16, 32, 4, 1)),
+        ("attention_bwd_keys", 16): (C(64, 128, 8, 2), C(64, 128, 8, 2), C(32, 64, 8, 2)),
+        ("attention_bwd_keys", 32): (C(32, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 1)),
+        ("attention_bwd_keys featured", 16): (C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 64, 8, 1)),
+        ("attention_bwd_keys featured", 32): (C(32, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 1)),
+        ("attention_bwd_queries", 16): (C(128, 64, 8, 2), C(128, 32, 8, 2), C(64, 64, 8, 1)),
+        ("attention_bwd_queries", 32): (C(64, 32, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+        ("attention_bwd_queries featured", 16): (
+            C(128, 64, 8, 2),
+            C(64, 64, 8, 2),
+            C(64, 32, 8, 1),
+        ),
+        ("attention_bwd_queries featured", 32): (C(32, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+        ("attention_bwd_bias", 16): (C(64, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 8, 1)),
+        ("attention_bwd_bias", 32): (C(32, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+    },
+    "sm_120": {
+        ("attention_fwd", 16): (C(128, 64, 8, 3), C(128, 64, 8, 2), C(64, 32, 8, 2)),
+        ("attention_fwd", 32): (C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 8, 1)),
+        ("attention_fwd featured", 16): (C(128, 64, 8, 2), C(128, 64, 8, 2), C(32, 32, 4, 1)),
+        ("attention_fwd featured", 32): (C(32, 32, 4, 2), C(64, 32, 8, 2), C(32, 32, 8, 1)),
+        ("attention_fwd few", 16): (C(16, 64, 4, 3), C(16, 64, 4, 3), C(16, 64, 4, 2)),
+        ("attention_fwd few", 32): (C(16, 32, 4, 2), C(16, 32, 4, 2), C(16, 32, 4, 1)),
+        ("attention_bwd_keys", 16): (C(32, 128, 8, 2), C(64, 64, 8, 2), C(32, 32, 4, 1)),
+        ("attention_bwd_keys", 32): (C(32, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 1)),
+        ("attention_bwd_keys featured", 16): (C(32, 64, 4, 2), C(32, 64, 4, 1), C(16, 32, 4, 1)),
+        ("attention_bwd_keys featured", 32): (C(32, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 1)),
+        ("attention_bwd_queries", 16): (C(64, 32, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 1)),
+        ("attention_bwd_queries", 32): (C(64, 32, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+        ("attention_bwd_queries featured", 16): (C(64, 32, 4, 2), C(64, 64, 8, 2), C(16, 32, 4, 1)),
+        ("attention_bwd_queries featured", 32): (C(32, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+        ("attention_bwd_bias", 16): (C(64, 32, 4, 2), C(64, 64, 8, 2), C(32, 32, 4, 1)),
+        ("attention_bwd_bias", 32): (C(32, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 4, 1)),
+    },
+    "gfx942": {
+        ("attention_fwd", 16): (C(128, 128, 8, 2), C(128, 64, 8, 2), C(64, 32, 4, 1)),
+        ("attention_fwd", 32): (C(32, 32, 4, 1), C(32, 32, 4, 1), C(16, 16, 4, 1)),
+        ("attention_fwd featured", 16): (C(64, 64, 4, 1), C(64, 64, 8, 1), C(32, 32, 4, 1)),
+        ("attention_fwd featured", 32): (C(32, 32, 4, 1), C(32, 32, 4, 1), C(16, 16, 4, 1)),
+        ("attention_fwd few", 16): (C(16, 64, 4, 1), C(16, 64, 4, 1), C(16, 32, 4, 1)),
+        ("attention_fwd few", 32): (C(16, 32, 4, 1), C(16, 32, 4, 1), C(16, 16, 4, 1)),
+        ("attention_bwd_keys", 16): (C(64, 64, 4, 1), C(32, 64, 4, 1), C(32, 32, 4, 1)),
+        ("attention_bwd_keys", 32): (C(32, 32, 4, 1), C(16, 16, 4, 1), C(16, 16, 4, 1)),
+        ("attention_bwd_keys featured", 16): (C(32, 32, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1)),
+        ("attention_bwd_keys featured", 32): (C(32, 32, 4, 1), C(16, 16, 4, 1), C(16, 16, 4, 1)),
+        ("attention_bwd_queries", 16): (C(64, 64, 4, 1), C(64, 64, 4, 1), C(32, 32, 4, 1)),
+        ("attention_bwd_queries", 32): (C(32, 32, 4, 1), C(16, 16, 4, 1), C(16, 16, 4, 1)),
+        ("attention_bwd_queries featured", 16): (C(32, 32, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1)),
+        ("attention_bwd_queries featured", 32): (C(32, 32, 4, 1), C(16, 16, 4, 1), C(16, 16, 4, 1)),
+        ("attention_bwd_bias", 16): (C(32, 32, 4, 1), C(32, 32, 4, 1), C(16, 32, 4, 1)),
+        ("attention_bwd_bias", 32): (C(32, 32, 4, 1), C(16, 16, 4, 1), C(16, 16, 4, 1)),
+    },
 }
-TABLES = dict.fromkeys(
-    ("emulated", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"), SMALL
-)
-# TABLES-END
+# an interpreter's cost is a number of operations: few programs, but several tiles in a small test
+TABLES["emulated"] = {
+    (kernel, bits): same(C(16 if kernel.endswith(" few") else 64, 32, 4, 2))
+    for kernel, bits in TABLES["sm_80"]
+}
+TABLES["gfx950"] = TABLES["gfx942"]
 
 
 @functools.cache
@@ -109,7 +196,8 @@ def attention_fwd(dtype: torch.dtype, D: int, Sq: int | None, modified: bool) ->
 
 
 def attention_rows(DV: int) -> Config:
-    return Config(32, 0, 4, 1)
+    """32 rows of 256 columns spill on sm_120."""
+    return Config(32 if DV <= 128 else 16, 0, 4, 1)
 
 
 def choose(kernel: str, dtype: torch.dtype, D: int, modified: bool = False) -> Config:
@@ -172,13 +260,16 @@ def entry(key: str, value: Any) -> tuple[Key, Config]:
     found, config = Key(kernel, int(bits), int(head)), Config(*value)
     if (kernel, found.bits) not in TABLES["sm_80"] or found.head not in (64, 128, 256):
         raise ValueError(f"there is no kernel {key!r}")
-    if not all(isinstance(x, int) and x > 0 and x & (x - 1) == 0 for x in config[:3]):
+    if not all(type(x) is int and x > 0 for x in config[:4]):
+        raise ValueError(f"blocks, warps and stages must be counts, got {value} for {key!r}")
+    if any(x & (x - 1) for x in config[:3]):
         raise ValueError(f"blocks and warps must be powers of 2, got {value} for {key!r}")
     return found, config
 
 
 def write_users_table(path: Path, table: dict[Key, Config]) -> None:
     """Adds to what is there already."""
-    rows = {str(key): list(config) for key, config in (users_table(path) | table).items()}
+    rows = {str(key): json.dumps(config) for key, config in (users_table(path) | table).items()}
+    lines = ",\n".join(f'  "{key}": {config}' for key, config in sorted(rows.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    path.write_text(f"{{\n{lines}\n}}\n")

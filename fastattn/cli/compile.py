@@ -1,0 +1,149 @@
+"""fastattn compile: every GPU kernel compiled without a GPU, and what the compilers made of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..emulate import offline
+from ..emulate.offline import Compiled, Job
+
+CAPTION = (
+    "Compiled only: nothing here was timed or run. From `spills` on, counts are of one turn of the main "
+    "loop. Cycles are estimated from rates in data sheets, for 64 x 64 scores on one multiprocessor: they "
+    "rank configurations and are no measurement."
+)
+WIDTH = 180  # of a table that no terminal shows
+
+
+def compile_(
+    target: Annotated[str, typer.Option(help="Targets, separated by commas.")] = ",".join(
+        offline.TARGETS
+    ),
+    kernel: Annotated[
+        str | None, typer.Option(help="Only these operators, e.g. attention_fwd,norm_bwd.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help=f"Of {', '.join(offline.DTYPES)}, separated by commas.")
+    ] = ",".join(offline.DTYPES),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Attention in bf16 with heads of 64 and 128.")
+    ] = False,
+    record: Annotated[
+        Path | None, typer.Option(help="Write what was found there, as budgets.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON on stdout, all else on stderr.")
+    ] = False,
+) -> None:
+    """Compiles the GPU kernels for GPUs that need not be here, and checks what came out.
+
+    Registers, spills, memory and the instructions of each main loop, against committed budgets. Exit
+    code 0 when all compile and keep to them, 1 when one does not, 2 when the command is wrong.
+    """
+    try:
+        targets = known("target", target, offline.TARGETS)
+        dtypes = known("dtype", dtype, offline.DTYPES)
+        everything = offline.jobs(dtypes=dtypes, quick=quick)
+        names = sorted({job.operator for job in everything})
+        operators = known("kernel", kernel, names) if kernel else names
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        typer.echo(
+            "fastattn compile: Triton is not installed: pip install 'fastattn[triton]'", err=True
+        )
+        raise typer.Exit(2) from None
+    except ValueError as error:
+        typer.echo(f"fastattn compile: {error}", err=True)
+        raise typer.Exit(2) from None
+    rows = with_progress(targets, [job for job in everything if job.operator in operators])
+    wrong = offline.broken(rows, offline.budgets(), version)
+    if record:
+        record.write_text(json.dumps(offline.recorded(rows, version), indent=1) + "\n")
+    if as_json:
+        print(
+            json.dumps(
+                {"triton": version, "kernels": [as_dict(r) for r in rows], "wrong": wrong}, indent=2
+            )
+        )
+    else:
+        show(rows)
+    console = Console(stderr=as_json, soft_wrap=True, highlight=False)
+    for sentence in wrong:
+        console.print(f"wrong: {sentence}", markup=False)
+    failed = sum(bool(r.error) for r in rows)
+    console.print(
+        f"fastattn compile: {len(rows) - failed} compiled, {failed} failed, "
+        f"{len(wrong) - failed} over budget, Triton {version}"
+    )
+    raise typer.Exit(1 if wrong else 0)
+
+
+def known(option: str, given: str, names: Sequence[str]) -> list[str]:
+    found = [name.strip() for name in given.split(",") if name.strip()]
+    for name in found:
+        if name not in names:
+            raise ValueError(f"{option} must be of {', '.join(names)}, got {name!r}")
+    if not found:
+        raise ValueError(f"{option} names nothing, of {', '.join(names)}")
+    return found
+
+
+def with_progress(targets: list[str], wanted: list[Job]) -> list[Compiled]:
+    columns = (TextColumn("{task.description:60}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        return offline.compile_all(
+            targets, wanted, lambda what, share: bar.update(task, description=what, completed=share)
+        )
+
+
+def as_dict(row: Compiled) -> dict[str, object]:
+    return {**row._asdict(), "job": row.job._asdict()}
+
+
+def show(rows: Sequence[Compiled]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    for target in dict.fromkeys(row.target for row in rows):
+        table = Table(title=target, caption=CAPTION)
+        for head in ("kernel", "call", "blocks"):
+            table.add_column(head, no_wrap=True)
+        for head in (
+            "registers", "stack", "shared", "tensor memory", "spills", "tensor cores", "copies", "MUFU",
+            "FP32", "barriers", "all", "cycles",
+        ):  # fmt: skip
+            table.add_column(head, justify="right")
+        for row in rows:
+            if row.target == target:
+                table.add_row(row.kernel.removesuffix("_kernel"), call(row.job), *cells(row))
+        console.print(table)
+
+
+def call(job: Job) -> str:
+    return f"{job.dtype} {job.width} {job.form}".strip()
+
+
+def cells(row: Compiled) -> list[str]:
+    if row.error:
+        return ["[red]failed[/red]"]
+    spills = row.loop["local"]
+    return [
+        row.config, str(row.registers), str(row.stack), str(row.shared), str(row.tensor_memory or ""),
+        f"[red]{spills}[/red]" if spills else "0",
+        counted(row.mma), counted(row.copies),
+        *(str(row.loop[kind]) for kind in ("special", "fp32", "barrier", "total")),
+        f"{row.cycles:.0f}" if row.cycles else "",
+    ]  # fmt: skip
+
+
+def counted(found: dict[str, int]) -> str:
+    return " ".join(f"{n} {name}" for name, n in found.items())
