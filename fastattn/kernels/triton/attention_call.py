@@ -128,8 +128,7 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     x = x.transpose(0, 1).unsqueeze(0) if x.dim() == 3 else x
     # a dimension of 1 may have any stride, but TMA wants a multiple of 16 bytes
     strides = [
-        8 if size == 1 else stride
-        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+        8 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     ]
     box = [1, 1, rows, max(16, next_power_of_2(x.shape[-1]))]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], box)
