@@ -68,7 +68,7 @@ def compile_(
     rows = with_progress(targets, [job for job in everything if job.operator in operators])
     wrong = offline.broken(rows, offline.budgets(), version)
     if record:
-        record.write_text(json.dumps(offline.recorded(rows, version), indent=1) + "\n")
+        record.write_text(offline.as_text(offline.recorded(rows, version)))
     if as_json:
         print(
             json.dumps(

@@ -1,7 +1,8 @@
 """What a compiled kernel is made of: registers, spills, memory, and the instructions of its main loop.
 
 NVIDIA's from the cubin, by the cuobjdump inside Triton's wheel; AMD's from the amdgcn text. The main loop
-is the innermost loop that holds the products; of several, the shortest, which masks nothing. `cycles`
+is the innermost loop that holds the products; of several, the shortest, which masks nothing. Warps with
+roles of their own (sm_100) have such a loop each. `cycles`
 is an estimate made from rates in data sheets: it ranks configurations of one kernel on one target, and
 is no measurement.
 """
@@ -65,13 +66,19 @@ class Instruction(NamedTuple):
 
 
 class Code(NamedTuple):
-    """registers, stack bytes, shared bytes, tensor memory columns; counts of the main loop by name."""
+    """registers, stack bytes, shared bytes, tensor memory columns, warps of all roles; for each role the
+    counts of its main loop by name, the role that computes softmax first."""
 
     registers: int
     stack: int
     shared: int
     tensor_memory: int
-    loop: Counter[str]
+    warps: int
+    roles: list[Counter[str]]
+
+    @property
+    def loop(self) -> Counter[str]:
+        return sum(self.roles, Counter())
 
     def count(self, kind: str) -> int:
         return sum(n for name, n in self.loop.items() if is_a(name, kind))
@@ -127,9 +134,10 @@ def read_nvidia(compiled: Any) -> Code:
         raise RuntimeError(f"cuobjdump names no registers of {compiled.name}")
     found = [Instruction(int(m[1], 16), m[2], m[3]) for m in SASS.finditer(text)]
     jumps = [(int(m[1], 16), i.address) for i in found if (m := jump_target(i))]
-    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    loop = main_loop(found, jumps)
-    return Code(int(used[1]), int(used[2]), compiled.metadata.shared, tensor_memory, loop)
+    meta = compiled.metadata
+    tensor_memory = getattr(meta, "tmem_size", None) or 0
+    roles = main_loops(found, jumps)
+    return Code(int(used[1]), int(used[2]), meta.shared, tensor_memory, meta.num_warps, roles)
 
 
 def jump_target(instruction: Instruction) -> re.Match[str] | None:
@@ -161,7 +169,8 @@ def read_amd(compiled: Any) -> Code:
         amd_number(text, "private_segment_fixed_size"), 4 * amd_number(text, "vgpr_spill_count")
     )
     registers = amd_number(text, "vgpr_count")
-    return Code(registers, stack, compiled.metadata.shared, 0, main_loop(found, jumps))
+    meta = compiled.metadata
+    return Code(registers, stack, meta.shared, 0, meta.num_warps, main_loops(found, jumps))
 
 
 def amd_number(text: str, name: str) -> int:
@@ -172,10 +181,21 @@ def amd_number(text: str, name: str) -> int:
 # ---- the main loop ------------------------------------------------------------------------------
 
 
-def main_loop(code: list[Instruction], jumps: list[tuple[int, int]]) -> Counter[str]:
-    """The whole kernel's instructions where there is no loop."""
+def main_loops(code: list[Instruction], jumps: list[tuple[int, int]]) -> list[Counter[str]]:
+    """Of each role of warps; mostly there is one. The whole kernel's instructions where there is no loop."""
     loops = [Counter(i.name for i in code if a <= i.address <= b) for a, b in innermost(jumps)]
     loops = loops or [Counter(i.name for i in code)]
+    if not any(base(i.name) == "USETMAXREG" for i in code):
+        return [main_loop(loops)]
+    roles: dict[tuple[bool, ...], Counter[str]] = {}
+    for loop in sorted(loops, key=lambda x: sum(x.values()), reverse=True):
+        role = (work(loop, "special") >= 8, work(loop, "mma") > 0, work(loop, "async") > 0)
+        if any(role) or work(loop, "fp32") >= 8:  # the others wait at a barrier
+            roles[role] = loop  # the shortest comes last
+    return [roles[role] for role in sorted(roles, reverse=True)]
+
+
+def main_loop(loops: list[Counter[str]]) -> Counter[str]:
     kind = "mma" if any(work(loop, "mma") for loop in loops) else "fp32"
     most = max(work(loop, kind) for loop in loops)
     return min((x for x in loops if 2 * work(x, kind) >= most), key=lambda x: sum(x.values()))
@@ -196,30 +216,53 @@ def work(loop: Counter[str], kind: str) -> int:
 # ---- an estimate --------------------------------------------------------------------------------
 
 
+class Pipes(NamedTuple):
+    """Clocks of a scheduler that the warps of a role keep each pipe busy in a turn; chain: of one warp."""
+
+    mma: float
+    special: float
+    fp32: float
+    integer: float
+    issued: float
+    copied: float
+    chain: float
+
+
 def cycles(code: Code, target: str, warps: int, products: int) -> float:
     """Estimated clocks of a multiprocessor for one turn of the main loop, blocks side by side.
 
     products: multiply-adds of 16-bit elements in a turn, 0 if FP32 units do them. Warps of a scheduler
     hide one another, so a turn takes the time of the busiest pipe, or one warp's way through all of them
-    over the blocks that share the multiprocessor.
+    over the blocks that share the multiprocessor. warps: of the first role; the others have 4 at most.
     """
-    chip = CHIPS[target]
-    amd = target.startswith("gfx")
+    chip, amd = CHIPS[target], target.startswith("gfx")
+    roles = [
+        pipes(
+            loop,
+            chip,
+            4 if at else warps,
+            products if len(code.roles) == 1 or work(loop, "mma") else 0,
+        )
+        for at, loop in enumerate(code.roles)
+    ]
+    busiest = max(sum(role[at] for role in roles) for at in range(len(Pipes._fields) - 1))
+    chain = max(role.chain for role in roles)
+    return max(busiest, chain / resident(code, chip, amd))
+
+
+def pipes(loop: Counter[str], chip: Chip, warps: int, products: int) -> Pipes:
     here = warps / 4  # warps of a scheduler
     mma = products / chip.products
-    special = code.count("special") * chip.special_cycles * here
-    packed = sum(n for name, n in code.loop.items() if base(name) in PACKED)
-    fp32 = (code.count("fp32") + packed) * chip.fp32_cycles * here
-    integer = (
-        sum(n for name, n in code.loop.items() if is_integer(name)) * chip.integer_cycles * here
-    )
-    issued = code.total * here
-    local = code.count("local") * warps  # 128 bytes each, and in the way of everything else
-    copied = shared_bytes(code) * warps / 128 + local
-    blocks = resident(code, chip, warps, amd)
+    special = work(loop, "special") * chip.special_cycles * here
+    packed = sum(n for name, n in loop.items() if base(name) in PACKED)
+    fp32 = (work(loop, "fp32") + packed) * chip.fp32_cycles * here
+    integer = sum(n for name, n in loop.items() if is_integer(name)) * chip.integer_cycles * here
+    issued = sum(loop.values()) * here
+    local = work(loop, "local") * warps  # 128 bytes each, and in the way of everything else
+    copied = shared_bytes(loop) * warps / 128 + local
     chain = (mma + special + max(fp32, integer, issued) + local) / here
-    chain += code.count("barrier") * BARRIER_CYCLES
-    return max(mma, special, fp32, integer, issued, copied, chain / blocks)
+    chain += work(loop, "barrier") * BARRIER_CYCLES
+    return Pipes(mma, special, fp32, integer, issued, copied, chain)
 
 
 def is_integer(name: str) -> bool:
@@ -228,10 +271,10 @@ def is_integer(name: str) -> bool:
     return name.startswith("v_") and not any(is_a(name, k) for k in ("mma", "special", "fp32"))
 
 
-def shared_bytes(code: Code) -> int:
+def shared_bytes(loop: Counter[str]) -> int:
     """What one warp moves between shared memory and registers."""
     moved = 0
-    for name, n in code.loop.items():
+    for name, n in loop.items():
         words = name.split(".")
         if words[0] in ("LDSM", "LDS", "STS", "STSM"):
             wide = "128" in words or "4" in words
@@ -240,9 +283,9 @@ def shared_bytes(code: Code) -> int:
     return moved
 
 
-def resident(code: Code, chip: Chip, warps: int, amd: bool) -> int:
+def resident(code: Code, chip: Chip, amd: bool) -> int:
     """Blocks that fit a multiprocessor."""
-    lanes = 64 if amd else 32
+    lanes, warps = 64 if amd else 32, code.warps
     by_registers = chip.registers // max(1, (code.registers + 7) // 8 * 8 * lanes * warps)
     by_shared = chip.shared_all // max(1, code.shared + 1024)
     return max(1, min(by_registers, by_shared, chip.warps // warps, 16))

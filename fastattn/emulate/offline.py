@@ -67,7 +67,7 @@ class Compiled(NamedTuple):
 
 # ---- the calls ----------------------------------------------------------------------------------
 
-ATTENTION_FORMS = ("full", "causal", "featured", "packed", "decode", "paged")
+ATTENTION_FORMS = ("full", "causal", "window", "featured", "packed", "decode", "paged")
 ROW_WIDTHS = {
     "norm": (768, 4096, 16384, 32768),
     "softmax": (768, 4096, 16384, 32768),
@@ -106,7 +106,7 @@ def attention_forms(way: str, dtype: str, D: int, quick: bool) -> tuple[str, ...
         return ("full", "causal")
     if dtype == "float32":
         return ("causal", "featured", "decode") if way == "fwd" else ("causal", "featured")
-    return ATTENTION_FORMS if way == "fwd" else ATTENTION_FORMS[:4]
+    return ATTENTION_FORMS if way == "fwd" else ATTENTION_FORMS[:5]
 
 
 def empty(job: Job, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -130,6 +130,8 @@ def attention_arguments(job: Job) -> tuple[list[Any], list[Any]]:
         )
         optional = [empty(job, 1, Hq, S, S), mask, slopes, sinks, None, None, lengths, None, philox]
         scalars[2], scalars[4:6] = 256, (30.0, 0.1)
+    if job.form == "window":
+        scalars[2] = 256
     if job.form == "packed":
         query, key, value = (
             x.transpose(1, 2).reshape(B * S, x.shape[1], D) for x in (query, key, value)
@@ -288,9 +290,17 @@ def gpu_target(name: str) -> Any:
     return GPUTarget("hip", name, 64)
 
 
+class Launch(NamedTuple):
+    kernel: str
+    compiled: Any = None
+    warps: int = 4
+    seconds: float = 0.0
+    error: str = ""
+
+
 @contextlib.contextmanager
-def launches_compile(found: list[tuple[str, Any, float, str]]) -> Iterator[None]:
-    """Inside, kernel[grid](...) compiles and adds (kernel, what came of it, seconds, error)."""
+def launches_compile(found: list[Launch]) -> Iterator[None]:
+    """Inside, kernel[grid](...) compiles, and adds what came of it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.runtime.jit import KernelInterface
 
@@ -301,7 +311,9 @@ def launches_compile(found: list[tuple[str, Any, float, str]]) -> Iterator[None]
                 result = kernel.warmup(*arguments, grid=grid, **options)
             except Exception as error:  # a compiler's errors are of every type
                 wrong = explained(error)
-            found.append((kernel.fn.__name__, result, time.perf_counter() - start, wrong))
+            seconds = time.perf_counter() - start
+            name, warps = kernel.fn.__name__, options.get("num_warps", 4)
+            found.append(Launch(name, result, warps, seconds, wrong))
 
         return launch
 
@@ -332,26 +344,25 @@ PRODUCTS = {
 def compile_job(target: str, job: Job) -> list[Compiled]:
     from ..kernels import triton as kernels
 
-    found: list[tuple[str, Any, float, str]] = []
+    found: list[Launch] = []
     with launches_compile(found):
         try:
             CALLS[job.operator](job, kernels.launcher(job.operator))
         except Exception as error:  # a launcher's own, which must not end the other jobs
-            found.append((job.operator, None, 0.0, explained(error)))
+            found.append(Launch(job.operator, error=explained(error)))
     return [
-        Compiled(target, job, kernel, seconds=seconds, error=error) if error
-        else measured(target, job, kernel, compiled, seconds)
-        for kernel, compiled, seconds, error in found
-    ]  # fmt: skip
+        Compiled(target, job, x.kernel, error=x.error) if x.error else measured(target, job, x)
+        for x in found
+    ]
 
 
-def measured(target: str, job: Job, kernel: str, compiled: Any, seconds: float) -> Compiled:
+def measured(target: str, job: Job, launch: Launch) -> Compiled:
+    compiled, kernel, warps = launch.compiled, launch.kernel, launch.warps
     code = machine_code.read(compiled)
     constants = {
         compiled.src.fn.arg_names[at[0]]: value
         for at, value in compiled.src.constants.items() if len(at) == 1
     }  # fmt: skip
-    meta = compiled.metadata
     blocks = [
         constants[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_R", "BLOCK_C") if constants.get(n)
     ]
@@ -360,13 +371,13 @@ def measured(target: str, job: Job, kernel: str, compiled: Any, seconds: float) 
     estimate = 0.0
     if products:
         by_tensor_cores = products * weight(target, kernel, job.dtype, constants)
-        turn = machine_code.cycles(code, target, meta.num_warps, by_tensor_cores)
+        turn = machine_code.cycles(code, target, warps, by_tensor_cores)
         estimate = turn * 64 * 64 / tile
     return Compiled(
-        target, job, kernel, f"{'x'.join(map(str, blocks))} w{meta.num_warps} s{meta.num_stages}",
+        target, job, kernel, f"{'x'.join(map(str, blocks))} w{warps} s{compiled.metadata.num_stages}",
         code.registers, code.stack, code.shared, code.tensor_memory,
         {kind: code.count(kind) for kind in machine_code.CLASSES} | {"total": code.total},
-        code.named("mma"), code.named("async"), round(estimate, 1), round(seconds, 2),
+        code.named("mma"), code.named("async"), round(estimate, 1), round(launch.seconds, 2),
     )  # fmt: skip
 
 
@@ -526,6 +537,12 @@ def recorded(rows: Sequence[Compiled], triton: str) -> dict[str, Any]:
             if row.loop.get(kind):
                 found[kind] = max(row.loop[kind], found.get(kind, 0))
     return {"triton": triton, "loops": dict(sorted(loops.items()))}
+
+
+def as_text(held: dict[str, Any]) -> str:
+    """JSON with a loop a line, for diffs to be read."""
+    loops = ",\n".join(f'"{name}": {json.dumps(loop)}' for name, loop in held["loops"].items())
+    return f'{{\n"triton": "{held["triton"]}",\n"loops": {{\n{loops}\n}}\n}}\n'
 
 
 if __name__ == "__main__":

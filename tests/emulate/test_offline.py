@@ -176,8 +176,28 @@ def test_the_main_loop_is_the_shortest_innermost_loop_with_the_products():
     # 2..5, 6..8, the outer 1..10; a jump forward, and a loop of no products
     jumps = [(2, 5), (6, 8), (1, 10), (10, 0)]
     jumps = [(a, b) for a, b in jumps if a < b]
-    assert machine_code.main_loop(code, jumps) == Counter({"HMMA.3": 1, "HMMA.4": 1, "BRA": 1})
-    assert sum(machine_code.main_loop(code, []).values()) == len(code)
+    assert machine_code.main_loops(code, jumps) == [Counter({"HMMA.3": 1, "HMMA.4": 1, "BRA": 1})]
+    (whole,) = machine_code.main_loops(code, [])
+    assert sum(whole.values()) == len(code)
+
+
+def test_warps_with_roles_have_a_loop_each():
+    loops = [
+        ["MUFU.EX2"] * 9,
+        ["MUFU.EX2"] * 8,
+        ["UTMALDG.4D"],
+        ["UTCHMMA"],
+        ["SYNCS"],
+        ["FMUL"] * 8,
+    ]
+    names, jumps = ["USETMAXREG"], []
+    for loop in loops:
+        jumps.append((len(names), len(names) + len(loop)))
+        names += [*loop, "BRA"]
+    code = [Instruction(at, name, "") for at, name in enumerate(names)]
+    roles = machine_code.main_loops(code, jumps)
+    assert [next(iter(role)) for role in roles] == ["MUFU.EX2", "UTCHMMA", "UTMALDG.4D", "FMUL"]
+    assert roles[0]["MUFU.EX2"] == 8
 
 
 def test_instructions_have_classes():
@@ -191,8 +211,8 @@ def test_instructions_have_classes():
 
 def test_an_estimate_grows_with_what_a_loop_has():
     loop = Counter({"HMMA.16816.F32.BF16": 64, "FFMA": 100, "MUFU.EX2": 30, "IADD3": 20})
-    code = machine_code.Code(128, 0, 49152, 0, loop)
-    more = code._replace(loop=loop + Counter({"MUFU.EX2": 100}))
+    code = machine_code.Code(128, 0, 49152, 0, 4, [loop])
+    more = code._replace(roles=[loop + Counter({"MUFU.EX2": 100})])
     fewer_blocks = code._replace(shared=100000)
     estimates = [machine_code.cycles(c, "sm_80", 4, 1 << 20) for c in (code, more, fewer_blocks)]
     assert 1024 <= estimates[0] < estimates[1] and estimates[0] < estimates[2]

@@ -103,7 +103,11 @@ class Call:
         if self.paged:
             return (pages(self.key), pages(self.value)), 0
         found, how = as_read((self.key, chosen.block_n), (self.value, chosen.block_n))
-        return found, how + (tiles.SPECIALISED.value if how and chosen.specialised else 0)
+        # in registers, to have what lies past a sequence set to 0, tiles spill when their loads have warps
+        # of their own
+        cleaned = self.features & (tiles.PACKED.value + tiles.LENGTHS.value)
+        specialised = how and chosen.specialised and not cleaned
+        return found, how + (tiles.SPECIALISED.value if specialised else 0)
 
 
 def as_read(*tensors: tuple[Tensor, int], pointers: bool = False) -> tuple[tuple[Any, ...], int]:
