@@ -173,18 +173,22 @@ def test_threads_that_change_during_calls(threads):
 
 CHILD = """
 import os, torch, fastattn as fa
-x = torch.randn(2, 4, 100, 16)
-wanted = fa.attention(x, x, x)
-torch.set_num_threads(1)  # as torch's own DataLoader workers do: a thread pool does not survive a fork
+torch.set_num_threads(3)
+x = torch.randn(2, 4, 100, 16, requires_grad=True)
+def call():
+    out = fa.layer_norm(fa.attention(x, x, x), backend="cpu")
+    return out, torch.autograd.grad(out.cumsum(-1).sum(), x)[0]
+wanted = call()
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(fa.attention(x, x, x), wanted) else 1)
+    os._exit(0 if all(map(torch.equal, call(), wanted)) else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_safe_after_fork():
+    """Of a process whose threads have started, where torch's own attention waits for ever."""
     subprocess.run([sys.executable, "-c", CHILD], check=True, timeout=60)
 
 

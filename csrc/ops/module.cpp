@@ -1,5 +1,8 @@
 // The module fastattn._C, and what the kernels ask of torch: its threads.
 #include <Python.h>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -10,6 +13,14 @@
 #include "../cpu/dispatch.h"
 
 namespace fastattn {
+
+// A child of fork() has none of the threads that its parent's pool counts on: torch's parallel_for
+// waits for them for ever. So a child works alone.
+static std::atomic<bool> forked{false};
+#if !defined(_WIN32)
+[[maybe_unused]] static const int watches_forks =
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
 
 void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
   std::atomic<int64_t> next{0};
@@ -23,7 +34,7 @@ void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
       next = tasks;
     }
   };
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = forked ? 1 : torch::stable::get_num_threads();
   const int64_t workers = tasks < threads ? tasks : threads;
   if (workers <= 1)
     work(0, 0);
