@@ -43,22 +43,41 @@ def calls(draw):
     options["slopes"] = draw(st.sampled_from(["", "h", "bh"]))
     options["softcap"] = draw(st.sampled_from([None, None, 1.0, 20.0]))
     options["sinks"] = draw(st.booleans())
-    # 1 / (1 - p) is 2: where it is not exact and a row sees one key, dS should be 0 and is the rounding of
-    # out, from which delta comes: up to 2.4 times the allowance in 16 bits, 1.5 times in fp32
-    options["dropout_p"] = draw(st.sampled_from([0.0, 0.0, 0.5, 1.0]))
+    options["dropout_p"] = draw(st.sampled_from([0.0, 0.0, 0.2, 1.0]))
     options["scale"] = draw(st.sampled_from([None, None, 0.0, -0.3]))
     return options
 
 
+FEW = 16  # numbers: of these naive PyTorch may have all right to the last bit, by chance
+
+
 def keeps_the_rule(options, dtype, isa):
-    """A gradient of one number is sometimes right to the last bit in naive PyTorch, by chance, and the
-    rule then asks for that: so a call is wrong if it is for two draws of its numbers."""
+    """A tensor of few numbers is held to the rule together with those of seven more draws, where it fails
+    alone: the largest error of a handful of numbers says little of how large errors are."""
+    case = attention("any", str(options), **options)
     with native.use_isa(isa):
-        for draw in ("any", "another"):
-            verdict = judge(attention(draw, str(options), **options), dtype, "cpu")
-            if verdict.passed:
-                return
-    raise AssertionError(verdict.explain())
+        verdict = judge(case, dtype, "cpu")
+        truth = baselines(case, dtype)[0]
+        doubtful = {name for name, r in verdict.errors if 1 < r < torch.inf}
+        assert {name for name, r in verdict.errors if r <= 1} | doubtful == truth.keys(), (
+            verdict.explain()
+        )
+        assert all(truth[name].numel() <= FEW for name in doubtful), verdict.explain()
+        if doubtful:
+            errors = together(options, dtype, doubtful)
+            assert max(errors.values()) <= 1, f"{verdict.explain()}; of eight draws: {errors}"
+
+
+def together(options, dtype, names):
+    """Error over allowance of the named tensors of eight draws, as if they were one."""
+    found, truth, naive = [], [], []
+    for draw in range(8):
+        case = attention(f"draw {draw}", str(options), **options)
+        found.append(run(case, dtype, "cpu"))
+        for kept, results in zip((truth, naive), baselines(case, dtype), strict=True):
+            kept.append(results)
+    joined = {n: [torch.stack([r[n] for r in x]) for x in (found, truth, naive)] for n in names}
+    return {name: ratio(*tensors, dtype) for name, tensors in joined.items()}
 
 
 @settings(
@@ -307,6 +326,18 @@ def test_softcap_of_scores_far_beyond_it(score, softcap):
     )
     call = lambda *x: fa.attention(*x, scale=1.0, softcap=softcap)  # noqa: E731
     holds(call, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_that_sees_one_key_has_no_gradient_of_its_score_under_dropout(dtype):
+    """1 / (1 - p) is inexact: sum(dO * O) would leave a rounding of dP in place of 0."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 30, 16, dtype=dtype, requires_grad=True) for _ in range(3))
+    slopes = torch.rand(2, requires_grad=True)
+    mask = torch.eye(30, dtype=torch.bool).flip(-1)
+    out = fa.attention(q, k, v, mask=mask, alibi_slopes=slopes, dropout_p=0.2, backend="cpu")
+    grads = torch.autograd.grad(out.square().sum(), (q, k, slopes))
+    assert [x.abs().max().item() for x in grads] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["bias", "alibi_slopes"])

@@ -93,6 +93,9 @@ static __attribute__((noinline)) void grade_tile(
   if (args.dropout) {
     for (int64_t e = 0; e < entries; ++e) out.kept[e] = 1.f;
     drop_weights(args, block, group, s, key, n, out.kept);
+    // rounded here, and not inside of dP - delta: delta is a sum of these
+    for (int64_t e = 0; e < entries; e += kLanes)
+      store(out.dscores + e, load(out.dscores + e) * load(out.kept + e));
   }
   Vec lse[NV], lse_low[NV], delta[NV];
   for (int v = 0; v < NV; ++v) {
@@ -106,7 +109,7 @@ static __attribute__((noinline)) void grade_tile(
       const Vec p = exp(load(out.weights + at) - lse[v] - lse_low[v]);
       const Vec kept = args.dropout ? load(out.kept + at) : splat(1.f);
       store(out.weights + at, p * kept);
-      store(out.dscores + at, p * (load(out.dscores + at) * kept - delta[v]));
+      store(out.dscores + at, p * (load(out.dscores + at) - delta[v]));
     }
 }
 
@@ -512,6 +515,59 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
   });
 }
 
+// The same with dropout, as sum(P * dP): out was rounded after its scaling by 1 / (1 - p), so that
+// where one key has all the weight sum(dO * O) would leave dS a rounding of dP (up to 2.4 times the
+// allowance in the gradient of a slope) in place of 0.
+struct DroppedDelta {
+  const AttentionArgs& args;
+  const AttentionGradients& grads;
+  const Pieces& blocks;
+
+  void run(int64_t task) const {
+    const int64_t b = blocks.sequence_of(task / args.Hq);
+    const int64_t place = task - blocks.begin(b) * args.Hq, head = place / blocks.of(b);
+    const Sequence s = sequence(args, b);
+    Block block;
+    Group groups[kBlockVectors];
+    set_block(args, s, head, Blocks(s.Sq), place % blocks.of(b), &block);
+    if (block.keys.empty()) return;
+    const int count = split_groups(block, groups);
+    BlockInputs in;
+    read_block(args, grads, s, block, groups, count, false, &in);
+    std::memset(in.delta, 0, sizeof in.delta);
+    float sums[kBlockRows] = {};
+    walk_keys(s, head / (args.Hq / args.Hkv), block, groups, count, in, sums);
+    float* delta = grads.delta + s.b * args.lse_batch + head * args.lse_head + s.query_start;
+    for (int r = 0; r < block.rows; ++r) delta[block.query[r]] += sums[r];
+  }
+
+  void walk_keys(
+      const Sequence& s, int64_t kv_head, const Block& block, const Group* groups, int count,
+      const BlockInputs& in, float* sums) const {
+    const TileGradients tile = tile_gradients();
+    float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
+    for (int64_t key = block.keys.begin; key < block.keys.end; key += kTileKeys) {
+      const int64_t n = smaller(kTileKeys, block.keys.end - key);
+      const Tile k = read_keys(args, args.key, s, kv_head, key, n, args.D, buffer);
+      const Tile v =
+          read_keys(args, args.value, s, kv_head, key, n, args.Dv, buffer + kTileKeys * args.D);
+      for (const Group* group = groups; group != groups + count; ++group) {
+        if (key >= group->some.end || key + n <= group->some.begin) continue;
+        grade_tile_any(args, block, *group, s, in, k, v, key, n, tile);
+        add_over_keys(*group, n, tile.dscores, sums + group->lane);
+      }
+    }
+  }
+
+  static void add_over_keys(const Group& group, int64_t n, const float* dscores, float* sums) {
+    for (int v = 0; v < group.vectors; ++v) {
+      Vec sum = {};
+      for (int64_t k = 0; k < n; ++k) sum += load(dscores + (k * group.vectors + v) * kLanes);
+      store(sums + v * kLanes, load(sums + v * kLanes) + sum);
+    }
+  }
+};
+
 // A round ends with the head that gives it this many queries (32 MB of sums at D = 64) and tasks.
 constexpr int64_t kRoundRows = 1 << 17, kRoundTasks = 64;
 
@@ -542,11 +598,16 @@ static void run_rounds(const AttentionArgs& args, Backward backward) {
 }
 
 static void attention_bwd(const AttentionArgs& args, const AttentionGradients& grads) {
-  attention_delta(args, grads);
   int64_t* ends = (int64_t*)thread_scratch(9, 4 * args.B);
   const Pieces chunks(
       args, ends, [&](const Sequence& s) { return cuts(key_rows(args, s), kChunkKeys); });
   const Pieces blocks(args, ends + args.B, [](const Sequence& s) { return Blocks(s.Sq).count; });
+  if (args.dropout) {
+    const DroppedDelta delta{args, grads, blocks};
+    parallel_tasks(blocks.total() * args.Hq, [&](int64_t task) { delta.run(task); });
+  } else {
+    attention_delta(args, grads);
+  }
   std::atomic<bool> failed{false};
   Backward backward{args, grads, chunks, blocks, nullptr, nullptr, &failed, {}};
   backward.turns = (std::atomic<int32_t>*)thread_scratch(10, args.Hq * blocks.total());
