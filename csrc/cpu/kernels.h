@@ -1,12 +1,12 @@
 // The table of kernels, one for each instruction set. No torch header here or below.
 #pragma once
 #include "../common/parallel.h"
-#include "activation.h"
-#include "attention.h"
-#include "cross_entropy.h"
-#include "norm.h"
-#include "rotary.h"
-#include "softmax.h"
+#include "../common/activation.h"
+#include "../common/attention.h"
+#include "../common/cross_entropy.h"
+#include "../common/norm.h"
+#include "../common/rotary.h"
+#include "../common/softmax.h"
 
 #define FASTATTN_STRING_(x) #x
 #define FASTATTN_STRING(x) FASTATTN_STRING_(x)

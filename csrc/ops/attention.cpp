@@ -137,8 +137,7 @@ static AttentionArgs attention_args(const Call& call, Held* held) {
   a.diagonal_at_length = call.diagonal_at_length;
   a.dropout = call.philox && call.dropout_p > 0;
   if (a.dropout) {
-    const auto* seed_offset = call.philox->const_data_ptr<int64_t>();
-    a.philox = {static_cast<uint64_t>(seed_offset[0]), static_cast<uint32_t>(seed_offset[1])};
+    a.philox = call.philox->const_data_ptr<int64_t>();
     a.drop_below = call.dropout_p < 1 ? static_cast<uint32_t>(call.dropout_p * 4294967296.0) : 0;
     a.keep_scale = call.dropout_p < 1 ? static_cast<float>(1 / (1 - call.dropout_p)) : 0.f;
   }

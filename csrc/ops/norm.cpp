@@ -5,8 +5,7 @@ namespace fastattn {
 static void set_dropout(NormArgs& args, const OptionalTensor& philox, double p) {
   args.dropout = philox && p > 0;
   if (!args.dropout) return;
-  const auto* seed_offset = static_cast<const int64_t*>(philox->const_data_ptr());
-  args.philox = {static_cast<uint64_t>(seed_offset[0]), static_cast<uint32_t>(seed_offset[1])};
+  args.philox = philox->const_data_ptr<int64_t>();
   args.drop_below = p < 1 ? static_cast<uint32_t>(p * 4294967296.0) : 0;
   args.keep_scale = p < 1 ? static_cast<float>(1 / (1 - p)) : 0.f;
 }
