@@ -202,8 +202,16 @@ void launch(
 
 namespace fastattn {
 
-// The stream that the caller of the operator works on. Defined in csrc/ops/cuda.cpp.
+// Both are for launchers, and defined in csrc/ops/cuda.cpp. The stream that the operator's caller
+// works on.
 Stream current_stream();
+
+// Memory for `count` entries of T, of any content, that lasts as long as the operator's call.
+void* scratch_bytes(int64_t bytes);
+template <class T>
+T* scratch(int64_t count) {
+  return static_cast<T*>(scratch_bytes(count * static_cast<int64_t>(sizeof(T))));
+}
 
 template <class T>
 FASTATTN_DEVICE T from_float(float x) {
