@@ -273,13 +273,14 @@ static __attribute__((noinline)) void drop_weights(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
     int64_t key, int64_t n, float* weights) {
   const int W = group.vectors * kLanes;
+  const PhiloxKey philox = philox_key(args.philox);
   for (int64_t quad = key / 4; quad * 4 < key + n; ++quad) {
     uint32_t words[4][kBlockRows];
     for (int l = 0; l < W; ++l) {  // vectorised by the compiler: lanes differ in query and head
       const int r = group.lane + l;
       const PhiloxWords four = philox4x32(
           (uint32_t)quad, (uint32_t)block.query[r], (uint32_t)(s.b * args.Hq + block.head[r]),
-          args.philox.offset, args.philox.seed);
+          philox.offset, philox.seed);
       for (int w = 0; w < 4; ++w) words[w][l] = four.word[w];
     }
     for (int w = 0; w < 4; ++w) {

@@ -31,7 +31,7 @@ static const Isa isas[] = {
     {&generic16::kernels, always},
 };
 
-static std::atomic<const Kernels*> chosen{nullptr};
+static std::atomic<const IsaKernels*> chosen{nullptr};
 
 const Isa* find_isa(const char* name) {
   for (const Isa& isa : isas)
@@ -60,6 +60,7 @@ bool choose_isa() {
   return false;
 }
 
-const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed); }
+const IsaKernels& isa() { return *chosen.load(std::memory_order_relaxed); }
+const Kernels& cpu::kernels() { return isa().table; }
 
 }  // namespace fastattn

@@ -5,7 +5,7 @@
 namespace fastattn {
 
 struct Isa {
-  const Kernels* kernels;
+  const IsaKernels* kernels;
   bool (*runs_here)();
 };
 
@@ -14,6 +14,13 @@ const Isa* end_isas();
 
 // At load: FASTATTN_ISA's set, else the widest that runs here. False where the one named does not.
 bool choose_isa();
+
+// The set in use.
+const IsaKernels& isa();
+
+namespace cpu {
+const Kernels& kernels();
+}
 
 // From now on, in every thread. False, and nothing changes, where that set is not here.
 bool use_isa(const char* name);

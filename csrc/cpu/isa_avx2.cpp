@@ -1,6 +1,5 @@
 // Every kernel for AVX2. The headers come first: their inline functions must stay baseline code.
-#include "kernels.h"
-#include "types.h"
+#include "headers.h"
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

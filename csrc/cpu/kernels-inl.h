@@ -6,6 +6,7 @@
 #include "attention_scores-inl.h"
 #include "attention_fwd-inl.h"
 #include "attention_bwd-inl.h"
+#include "attention_sinks-inl.h"
 #include "activation-inl.h"
 #include "cross_entropy-inl.h"
 #include "norm-inl.h"
@@ -14,23 +15,27 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-const Kernels kernels = {
+const IsaKernels kernels = {
     .isa = FASTATTN_STRING(FASTATTN_ISA),
     .lanes = kLanes,
-    .attention_fwd = attention_fwd,
-    .attention_bwd = attention_bwd,
-    .cross_entropy_fwd = cross_entropy_fwd,
-    .cross_entropy_bwd = cross_entropy_bwd,
-    .gelu_fwd = gelu_fwd,
-    .gelu_bwd = gelu_bwd,
-    .glu_fwd = glu_fwd,
-    .glu_bwd = glu_bwd,
-    .norm_fwd = norm_fwd,
-    .norm_bwd = norm_bwd,
-    .rotary = rotary,
-    .rotary_tables = rotary_tables,
-    .softmax_fwd = softmax_fwd,
-    .softmax_bwd = softmax_bwd,
+    .table =
+        {
+            .attention_fwd = attention_fwd,
+            .attention_bwd = attention_bwd,
+            .sink_gradient = sink_gradient,
+            .cross_entropy_fwd = cross_entropy_fwd,
+            .cross_entropy_bwd = cross_entropy_bwd,
+            .gelu_fwd = gelu_fwd,
+            .gelu_bwd = gelu_bwd,
+            .glu_fwd = glu_fwd,
+            .glu_bwd = glu_bwd,
+            .norm_fwd = norm_fwd,
+            .norm_bwd = norm_bwd,
+            .rotary = rotary,
+            .rotary_tables = rotary_tables,
+            .softmax_fwd = softmax_fwd,
+            .softmax_bwd = softmax_bwd,
+        },
 };
 
 }  // namespace fastattn::FASTATTN_ISA

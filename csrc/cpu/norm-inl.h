@@ -63,11 +63,12 @@ static const float* fp32_row(
 // A random word for every column of a row, or null without dropout.
 static const uint32_t* drop_words(const NormArgs& args, int64_t row) {
   if (!args.dropout) return nullptr;
+  const PhiloxKey philox = philox_key(args.philox);
   const int64_t quads = cuts(args.C, 4);
   uint32_t* words = (uint32_t*)thread_scratch(4, 4 * quads);
   for (int64_t quad = 0; quad < quads; ++quad) {
     const PhiloxWords four =
-        philox4x32((uint32_t)quad, (uint32_t)row, 0, args.philox.offset, args.philox.seed);
+        philox4x32((uint32_t)quad, (uint32_t)row, 0, philox.offset, philox.seed);
     for (int i = 0; i < 4; ++i) words[4 * quad + i] = four.word[i];
   }
   return words;

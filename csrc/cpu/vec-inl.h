@@ -1,7 +1,7 @@
 // One float vector of the target's width, and the few operations that compilers lower badly.
 // FASTATTN_ISA (a namespace) and FASTATTN_LANES come from the isa_*.cpp that includes this.
 // Everything else in csrc/cpu is written on Vec and never names an instruction set.
-#include "types.h"
+#include "headers.h"
 
 namespace fastattn::FASTATTN_ISA {
 

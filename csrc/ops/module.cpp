@@ -62,7 +62,7 @@ float* Memory::reserve(int64_t floats) {
 }  // namespace fastattn
 
 // Importing fastattn._C loads the operators. The module itself tells and sets the instruction set.
-static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastattn::kernels().isa); }
+static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastattn::isa().isa); }
 
 static PyObject* isas(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);

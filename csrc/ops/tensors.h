@@ -7,10 +7,16 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
-#include "../cpu/kernels.h"
+#include "../common/kernels.h"
+#if defined(FASTATTN_HOST)
+#include "../host/model.h"
+#endif
 
 namespace fastattn {
 
@@ -23,7 +29,7 @@ inline Dtype dtype_of(const Tensor& x) {
     case ScalarType::Float: return Dtype::f32;
     case ScalarType::BFloat16: return Dtype::bf16;
     case ScalarType::Half: return Dtype::f16;
-    default: STD_TORCH_CHECK(false, "fastattn: the CPU kernels read float32, float16 and bfloat16");
+    default: STD_TORCH_CHECK(false, "fastattn: the kernels read float32, float16 and bfloat16");
   }
 }
 
@@ -37,12 +43,39 @@ inline Tensor in_dtype_of(const OptionalTensor& x, const Tensor& gradient) {
   return x ? torch::stable::to(gradient, x->scalar_type()) : gradient;
 }
 
+#if defined(FASTATTN_HOST)
+// Memory from the first of x's entries to the last.
+inline void permit(const Tensor& x, const void* data, bool writable) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  const int64_t entries = x.numel() == 0 ? 0 : last + 1;
+  host::permit(data, entries * static_cast<int64_t>(x.element_size()), writable);
+}
+#else
+inline void permit(const Tensor&, const void*, bool) {}
+#endif
+
+// Where x lies, for a kernel that reads it, or writes it. The model of a GPU lets a kernel touch
+// nothing else.
+template <class T = void>
+const T* read(const Tensor& x) {
+  const void* data = x.const_data_ptr();
+  permit(x, data, false);
+  return static_cast<const T*>(data);
+}
+template <class T = void>
+T* write(const Tensor& x) {
+  void* data = x.mutable_data_ptr();
+  permit(x, data, true);
+  return static_cast<T*>(data);
+}
+
 inline RowMap row_map(const OptionalTensor& x) {
   RowMap map;
   if (!x) return map;
   const auto sizes = x->sizes(), strides = x->strides();
   const int64_t last = x->dim() - 1;
-  map.data = x->const_data_ptr();
+  map.data = read(*x);
   map.col = strides[last];
   for (int64_t d = 0; d < last; ++d) {
     if (sizes[d] == 1) continue;
@@ -53,6 +86,11 @@ inline RowMap row_map(const OptionalTensor& x) {
     map.stride[map.dims - 1] = strides[d];
   }
   return map;
+}
+
+inline RowMap result_map(const Tensor& x) {
+  write(x);
+  return row_map(x);
 }
 
 // The leading dimensions counted as one.
@@ -82,7 +120,7 @@ inline Tensor fp32(const Tensor& x) {
 }
 
 inline Columns columns(const OptionalTensor& x) {
-  return x ? Columns{x->const_data_ptr(), dtype_of(*x)} : Columns{};
+  return x ? Columns{read(*x), dtype_of(*x)} : Columns{};
 }
 
 // A result laid out as its input, or of no elements where nobody needs it. A kernel writes rows;
@@ -98,8 +136,8 @@ class ResultLike {
             has_contiguous_rows(result_) ? result_
                                          : torch::stable::new_empty(result_, result_.sizes())) {}
   const Tensor& rows() const { return rows_; }
-  RowMap map() const { return needed_ ? row_map(rows_) : RowMap(); }
-  void* data() const { return needed_ ? rows_.mutable_data_ptr() : nullptr; }
+  RowMap map() const { return needed_ ? result_map(rows_) : RowMap(); }
+  void* data() const { return needed_ ? write(rows_) : nullptr; }
   Tensor finish() {
     if (rows_.get() != result_.get()) torch::stable::copy_(result_, rows_);
     return result_;

@@ -1,5 +1,5 @@
 #pragma once
-#include "../common/philox.h"
+#include "philox.h"
 #include "args.h"
 
 namespace fastattn {
@@ -17,7 +17,7 @@ struct NormArgs {
   float eps, weight_offset;
 
   bool dropout;  // drops an entry whose word is below drop_below, and all where keep_scale is 0
-  PhiloxKey philox;
+  const int64_t* philox;  // (seed, offset), where the tensors lie
   uint32_t drop_below;
   float keep_scale;
 

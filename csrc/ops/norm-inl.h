@@ -1,12 +1,11 @@
-#include "tensors.h"
+// norm_fwd and norm_bwd.
 
-namespace fastattn {
+namespace fastattn::FASTATTN_BACKEND {
 
 static void set_dropout(NormArgs& args, const OptionalTensor& philox, double p) {
   args.dropout = philox && p > 0;
   if (!args.dropout) return;
-  const auto* seed_offset = static_cast<const int64_t*>(philox->const_data_ptr());
-  args.philox = {static_cast<uint64_t>(seed_offset[0]), static_cast<uint32_t>(seed_offset[1])};
+  args.philox = read<int64_t>(*philox);
   args.drop_below = p < 1 ? static_cast<uint32_t>(p * 4294967296.0) : 0;
   args.keep_scale = p < 1 ? static_cast<float>(1 / (1 - p)) : 0.f;
 }
@@ -35,6 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(
     const Tensor& x_any, const OptionalTensor& residual_any, const OptionalTensor& weight_any,
     const OptionalTensor& bias_any, const OptionalTensor& philox, bool rms, double eps,
     double weight_offset, double dropout_p, bool return_residual) {
+  const OnDevice on(x_any);
   const Tensor x = with_contiguous_rows(x_any);
   const OptionalTensor residual = with_contiguous_rows(without_float64(residual_any));
   const OptionalTensor weight = with_contiguous_rows(without_float64(weight_any));
@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(
   Tensor rstd = torch::stable::new_empty(x, leading, ScalarType::Float);
   Tensor mean = rms ? torch::stable::new_empty(x, {0}, ScalarType::Float)
                     : torch::stable::new_empty(x, leading, ScalarType::Float);
-  args.y = row_map(y);
-  if (return_residual) args.summed = row_map(summed);
-  args.mean = static_cast<float*>(mean.mutable_data_ptr());
-  args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  args.y = result_map(y);
+  if (return_residual) args.summed = result_map(summed);
+  args.mean = write<float>(mean);
+  args.rstd = write<float>(rstd);
   kernels().norm_fwd(args);
   return {y, return_residual ? in_dtype_of(residual_any, summed) : summed, mean, rstd};
 }
@@ -62,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     const OptionalTensor& bias_any, const OptionalTensor& philox, const Tensor& mean_any,
     const Tensor& rstd_any, bool rms, double eps, double weight_offset, double dropout_p,
     bool return_residual, int64_t needs) {
+  const OnDevice on(x_any);
   const Tensor x = with_contiguous_rows(x_any);
   const OptionalTensor residual = with_contiguous_rows(without_float64(residual_any));
   const OptionalTensor weight = with_contiguous_rows(without_float64(weight_any));
@@ -72,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
   const Tensor mean = torch::stable::contiguous(mean_any);
   const Tensor rstd = torch::stable::contiguous(rstd_any);
   NormArgs args = norm_args(x, residual, weight, bias, philox, rms, eps, weight_offset, dropout_p);
-  args.mean = static_cast<float*>(mean.data_ptr());
-  args.rstd = static_cast<float*>(rstd.data_ptr());
+  args.mean = const_cast<float*>(read<float>(mean));
+  args.rstd = const_cast<float*>(read<float>(rstd));
   args.dy = row_map(dy);
   args.dsummed = row_map(dsummed);
 
@@ -89,9 +90,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
       in_dtype_of(weight_any, dweight.finish()), in_dtype_of(bias_any, dbias.finish())};
 }
 
-}  // namespace fastattn
-
-STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
-  m.impl("norm_fwd", TORCH_BOX(&fastattn::norm_fwd));
-  m.impl("norm_bwd", TORCH_BOX(&fastattn::norm_bwd));
-}
+}  // namespace fastattn::FASTATTN_BACKEND

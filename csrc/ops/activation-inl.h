@@ -1,6 +1,6 @@
-#include "tensors.h"
+// gelu_fwd, gelu_bwd, glu_fwd and glu_bwd.
 
-namespace fastattn {
+namespace fastattn::FASTATTN_BACKEND {
 
 // ---- gelu -------------------------------------------------------------------------------------
 
@@ -16,11 +16,12 @@ static GeluArgs gelu_args(const Tensor& x, const OptionalTensor& bias, bool tanh
 }
 
 Tensor gelu_fwd(const Tensor& x_any, const OptionalTensor& bias_any, bool tanh) {
+  const OnDevice on(x_any);
   const Tensor x = with_contiguous_rows(x_any);
   const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
   Tensor y = torch::stable::new_empty(x, x.sizes());
   GeluArgs args = gelu_args(x, bias, tanh);
-  args.y = row_map(y);
+  args.y = result_map(y);
   kernels().gelu_fwd(args);
   return y;
 }
@@ -28,6 +29,7 @@ Tensor gelu_fwd(const Tensor& x_any, const OptionalTensor& bias_any, bool tanh) 
 std::tuple<Tensor, Tensor> gelu_bwd(
     const Tensor& dy_any, const Tensor& x_any, const OptionalTensor& bias_any, bool tanh,
     int64_t needs) {
+  const OnDevice on(x_any);
   const Tensor dy = with_contiguous_rows(dy_any), x = with_contiguous_rows(x_any);
   const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
   GeluArgs args = gelu_args(x, bias, tanh);
@@ -37,7 +39,7 @@ std::tuple<Tensor, Tensor> gelu_bwd(
   if (needs_bias) dbias = torch::stable::new_empty(*bias, bias->sizes(), ScalarType::Float);
   args.dy = row_map(dy);
   args.dx = dx.map();
-  args.dbias = needs_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+  args.dbias = needs_bias ? write<float>(dbias) : nullptr;
   kernels().gelu_bwd(args);
   return {dx.finish(), needs_bias ? in_dtype_of(bias_any, dbias) : dbias};
 }
@@ -57,16 +59,18 @@ static GluArgs glu_args(const Tensor& gate, const Tensor& up, bool gelu, bool ta
 }
 
 Tensor glu_fwd(const Tensor& gate_any, const Tensor& up_any, bool gelu, bool tanh) {
+  const OnDevice on(gate_any);
   const Tensor gate = with_contiguous_rows(gate_any), up = with_contiguous_rows(up_any);
   Tensor y = torch::stable::new_empty(gate, gate.sizes());
   GluArgs args = glu_args(gate, up, gelu, tanh);
-  args.y = row_map(y);
+  args.y = result_map(y);
   kernels().glu_fwd(args);
   return y;
 }
 
 std::tuple<Tensor, Tensor> glu_bwd(
     const Tensor& dy_any, const Tensor& gate_any, const Tensor& up_any, bool gelu, bool tanh) {
+  const OnDevice on(gate_any);
   const Tensor gate = with_contiguous_rows(gate_any), up = with_contiguous_rows(up_any);
   const Tensor dy = with_contiguous_rows(dy_any);
   GluArgs args = glu_args(gate, up, gelu, tanh);
@@ -78,11 +82,4 @@ std::tuple<Tensor, Tensor> glu_bwd(
   return {dgate.finish(), dup.finish()};
 }
 
-}  // namespace fastattn
-
-STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
-  m.impl("gelu_fwd", TORCH_BOX(&fastattn::gelu_fwd));
-  m.impl("gelu_bwd", TORCH_BOX(&fastattn::gelu_bwd));
-  m.impl("glu_fwd", TORCH_BOX(&fastattn::glu_fwd));
-  m.impl("glu_bwd", TORCH_BOX(&fastattn::glu_bwd));
-}
+}  // namespace fastattn::FASTATTN_BACKEND

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "target.h"
+
 namespace fastattn {
 
 enum class Dtype { f32, bf16, f16 };
@@ -25,7 +27,7 @@ struct RowMap {
   int64_t size[kRowDims], stride[kRowDims];  // of the leading dimensions; stride 0 where broadcast
   int64_t col = 1;  // stride of the last dimension: 1, or 0 where broadcast
 
-  int64_t offset(int64_t row) const {
+  FASTATTN_HD int64_t offset(int64_t row) const {
     int64_t at = 0;
     for (int d = dims - 1; d > 0; --d) {
       at += row % size[d] * stride[d];

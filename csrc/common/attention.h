@@ -1,5 +1,5 @@
 #pragma once
-#include "../common/philox.h"
+#include "philox.h"
 #include "args.h"
 
 namespace fastattn {
@@ -11,7 +11,9 @@ struct Heads {
   Dtype dtype = Dtype::f32;
   int64_t batch = 0, head = 0, row = 0;  // strides
 
-  int64_t at(int64_t b, int64_t h, int64_t i) const { return b * batch + h * head + i * row; }
+  FASTATTN_HD int64_t at(int64_t b, int64_t h, int64_t i) const {
+    return b * batch + h * head + i * row;
+  }
 };
 
 // A tensor that broadcasts to (B, Hq, Sq, Sk): strides are 0 where it does.
@@ -21,7 +23,9 @@ struct Scores {
   int64_t size[4] = {1, 1, 1, 1};
   int64_t batch = 0, head = 0, row = 0, col = 0;
 
-  int64_t at(int64_t b, int64_t h, int64_t i) const { return b * batch + h * head + i * row; }
+  FASTATTN_HD int64_t at(int64_t b, int64_t h, int64_t i) const {
+    return b * batch + h * head + i * row;
+  }
 };
 
 // A value for each query head, or each sequence and query head.
@@ -29,7 +33,7 @@ struct PerHead {
   const float* data = nullptr;  // null: absent
   int64_t batch = 0;            // stride
 
-  float at(int64_t b, int64_t h) const { return data[b * batch + h]; }
+  FASTATTN_HD float at(int64_t b, int64_t h) const { return data[b * batch + h]; }
 };
 
 // Pages of a cache: token j of sequence b is row j % page_size of page table[b * batch + j /
@@ -58,7 +62,7 @@ struct AttentionArgs {
   int64_t window_left, window_right;
   bool diagonal_at_length;
   bool dropout;
-  PhiloxKey philox;
+  const int64_t* philox;  // (seed, offset), where the tensors lie
   uint32_t drop_below;
   float keep_scale;
 };

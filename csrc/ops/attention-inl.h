@@ -1,15 +1,12 @@
-#include <algorithm>
-#include <limits>
+// attention_fwd and attention_bwd.
 
-#include "tensors.h"
-
-namespace fastattn {
+namespace fastattn::FASTATTN_BACKEND {
 
 // ---- tensors as the attention kernels see them ------------------------------------------------
 
 static Heads heads(const Tensor& x) {
   Heads h;
-  h.data = const_cast<void*>(x.const_data_ptr());
+  h.data = const_cast<void*>(read(x));
   h.dtype = dtype_of(x);
   if (x.dim() == 4) {
     h.batch = x.stride(0);
@@ -20,6 +17,11 @@ static Heads heads(const Tensor& x) {
     h.head = x.stride(1);
   }
   return h;
+}
+
+static Heads result_heads(const Tensor& x) {
+  write(x);
+  return heads(x);
 }
 
 // Pages (pages, page_size, Hkv, D): the page stands in the batch's place.
@@ -33,7 +35,7 @@ static Heads paged_heads(const Tensor& x) {
 static Scores scores(const OptionalTensor& x, bool is_mask = false) {
   Scores s;
   if (!x) return s;
-  s.data = const_cast<void*>(x->const_data_ptr());
+  s.data = const_cast<void*>(read(*x));
   if (!is_mask) s.dtype = dtype_of(*x);
   for (int d = 0; d < 4; ++d) s.size[d] = x->size(d);
   int64_t* strides[4] = {&s.batch, &s.head, &s.row, &s.col};
@@ -45,14 +47,14 @@ static Scores scores(const OptionalTensor& x, bool is_mask = false) {
 static PerHead per_head(const OptionalTensor& x, Tensor* holder) {
   if (!x) return {};
   *holder = fp32(*x);
-  return {holder->const_data_ptr<float>(), x->dim() == 2 ? holder->stride(0) : 0};
+  return {read<float>(*holder), x->dim() == 2 ? holder->stride(0) : 0};
 }
 
-static const int32_t* ints(const OptionalTensor& x) {
-  return x ? x->const_data_ptr<int32_t>() : nullptr;
-}
+static const int32_t* ints(const OptionalTensor& x) { return x ? read<int32_t>(*x) : nullptr; }
 
+// The next two read data, hence on the host alone.
 static void check_cu_seqlens(const char* name, const int32_t* starts, int64_t B, int64_t total) {
+  if (!kReadsData) return;
   for (int64_t b = 0; b <= B; ++b) {
     const int32_t before = b == 0 ? 0 : starts[b - 1];
     STD_TORCH_CHECK(
@@ -64,7 +66,21 @@ static void check_cu_seqlens(const char* name, const int32_t* starts, int64_t B,
       starts[B], "\n");
 }
 
-static int64_t longest(const int32_t* starts, int64_t B) {
+static void check_key_lengths(const AttentionArgs& a) {
+  if (!kReadsData || a.key_lengths == nullptr) return;
+  for (int64_t b = 0; b < a.B; ++b)
+    STD_TORCH_CHECK(
+        a.key_lengths[b] >= 0 && a.key_lengths[b] <= a.Sk,
+        "\nattention: key_lengths must be in [0, ", a.Sk, "], entry ", b, " is ", a.key_lengths[b],
+        "\n");
+}
+
+// The longest sequence. Waits for the device where the data is a GPU's: max_seqlen spares that.
+static int64_t longest(const OptionalTensor& starts_any, int64_t max_seqlen) {
+  if (!kReadsData && max_seqlen > 0) return max_seqlen;
+  const Tensor on_host = to_host(*starts_any);
+  const int32_t* starts = on_host.const_data_ptr<int32_t>();
+  const int64_t B = on_host.numel() - 1;
   int64_t most = 0;
   for (int64_t b = 0; b < B; ++b) most = std::max<int64_t>(most, starts[b + 1] - starts[b]);
   return most;
@@ -80,6 +96,7 @@ struct Call {
   std::optional<int64_t> window_left, window_right;
   double softcap, dropout_p;
   bool diagonal_at_length;
+  int64_t max_seqlen_q, max_seqlen_k;
 };
 
 constexpr float kLeast = std::numeric_limits<float>::min();
@@ -106,8 +123,8 @@ static AttentionArgs attention_args(const Call& call, Held* held) {
     a.B = call.cu_seqlens_q->numel() - 1;
     check_cu_seqlens("cu_seqlens_q", a.cu_seqlens_q, a.B, call.query.size(0));
     check_cu_seqlens("cu_seqlens_k", a.cu_seqlens_k, a.B, call.key.size(0));
-    a.Sq = longest(a.cu_seqlens_q, a.B);
-    a.Sk = longest(a.cu_seqlens_k, a.B);
+    a.Sq = longest(call.cu_seqlens_q, call.max_seqlen_q);
+    a.Sk = longest(call.cu_seqlens_k, call.max_seqlen_k);
     a.lse_head = call.query.size(0);
   } else {
     a.B = call.query.size(0);
@@ -116,12 +133,7 @@ static AttentionArgs attention_args(const Call& call, Held* held) {
     a.lse_head = a.Sq;
     a.lse_batch = a.Hq * a.Sq;
   }
-  if (a.key_lengths != nullptr)
-    for (int64_t b = 0; b < a.B; ++b)
-      STD_TORCH_CHECK(
-          a.key_lengths[b] >= 0 && a.key_lengths[b] <= a.Sk,
-          "\nattention: key_lengths must be in [0, ", a.Sk, "], entry ", b, " is ",
-          a.key_lengths[b], "\n");
+  check_key_lengths(a);
   if (paged) a.paging = {ints(call.page_table), call.page_table->stride(0), call.key.size(1)};
   held->bias = without_float64(call.bias);
   a.bias = scores(held->bias);
@@ -137,8 +149,7 @@ static AttentionArgs attention_args(const Call& call, Held* held) {
   a.diagonal_at_length = call.diagonal_at_length;
   a.dropout = call.philox && call.dropout_p > 0;
   if (a.dropout) {
-    const auto* seed_offset = call.philox->const_data_ptr<int64_t>();
-    a.philox = {static_cast<uint64_t>(seed_offset[0]), static_cast<uint32_t>(seed_offset[1])};
+    a.philox = read<int64_t>(*call.philox);
     a.drop_below = call.dropout_p < 1 ? static_cast<uint32_t>(call.dropout_p * 4294967296.0) : 0;
     a.keep_scale = call.dropout_p < 1 ? static_cast<float>(1 / (1 - call.dropout_p)) : 0.f;
   }
@@ -162,21 +173,40 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(
     const OptionalTensor& key_lengths, const OptionalTensor& page_table,
     const OptionalTensor& philox, double scale, bool causal, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, double softcap, double dropout_p, bool diagonal_at_length,
-    int64_t, int64_t) {
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  const OnDevice on(query);
   Held held;
   AttentionArgs args = attention_args(
-      {query, key, value, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, key_lengths,
-       page_table, philox, scale, causal, window_left, window_right, softcap, dropout_p,
-       diagonal_at_length},
+      {query,
+       key,
+       value,
+       bias,
+       mask,
+       alibi_slopes,
+       sinks,
+       cu_seqlens_q,
+       cu_seqlens_k,
+       key_lengths,
+       page_table,
+       philox,
+       scale,
+       causal,
+       window_left,
+       window_right,
+       softcap,
+       dropout_p,
+       diagonal_at_length,
+       max_seqlen_q,
+       max_seqlen_k},
       &held);
   Tensor out = empty_out(query, args.Dv);
   Tensor lse = query.dim() == 3
                    ? torch::stable::new_empty(query, {args.Hq, query.size(0)}, ScalarType::Float)
                    : torch::stable::new_empty(query, {args.B, args.Hq, args.Sq}, ScalarType::Float);
-  args.out = heads(out);
+  args.out = result_heads(out);
   Tensor lse_low = torch::stable::empty_like(lse);
-  args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  args.lse_low = static_cast<float*>(lse_low.mutable_data_ptr());
+  args.lse = write<float>(lse);
+  args.lse_low = write<float>(lse_low);
   if (args.Hq > 0) kernels().attention_fwd(args);
   return {out, lse, lse_low};
 }
@@ -187,31 +217,14 @@ static Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like
 
 // The slopes' gradient of each sequence, (B, Hq) -> the gradient, in the slopes' shape and dtype.
 static Tensor sum_slopes(const Tensor& each, const Tensor& slopes) {
-  if (slopes.dim() == 2) return torch::stable::to(each, slopes.scalar_type());
-  const int64_t B = each.size(0), Hq = each.size(1);
-  Tensor sums = torch::stable::new_zeros(each, {Hq});
-  const double* from = each.const_data_ptr<double>();
-  double* to = static_cast<double*>(sums.mutable_data_ptr());
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t h = 0; h < Hq; ++h) to[h] += from[b * Hq + h];
+  const int64_t batch = 0;
+  const Tensor sums = slopes.dim() == 2 ? each : torch::stable::sum(each, {{&batch, 1}});
   return torch::stable::to(sums, slopes.scalar_type());
 }
 
-// dsink = -sum over rows of exp(sink - lse) * delta: the sink takes part in every row's lse.
-static Tensor sum_sinks(const AttentionArgs& args, const float* delta, const Tensor& sinks) {
-  Tensor sums = torch::stable::new_zeros(sinks, sinks.sizes(), ScalarType::Float);
-  float* to = static_cast<float*>(sums.mutable_data_ptr());
-  const int64_t rows = args.lse_head, batches = args.lse_batch == 0 ? 1 : args.B;
-  for (int64_t h = 0; h < args.Hq; ++h) {
-    double sum = 0;
-    for (int64_t b = 0; b < batches; ++b)
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t at = b * args.lse_batch + h * args.lse_head + i;
-        const double share = std::exp(static_cast<double>(args.sinks.at(0, h)) - args.lse[at]);
-        if (share > 0) sum -= share * delta[at];
-      }
-    to[h] = static_cast<float>(sum);
-  }
+static Tensor sink_gradient(const AttentionArgs& args, const float* delta, const Tensor& sinks) {
+  Tensor sums = torch::stable::new_empty(sinks, sinks.sizes(), ScalarType::Float);
+  kernels().sink_gradient(args, delta, write<float>(sums));
   return torch::stable::to(sums, sinks.scalar_type());
 }
 
@@ -224,18 +237,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const OptionalTensor& philox, const Tensor& out, const Tensor& lse, const Tensor& lse_low,
     double scale, bool causal, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, double softcap, double dropout_p, bool diagonal_at_length,
-    int64_t, int64_t, int64_t needs) {
+    int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t needs) {
+  const OnDevice on(query);
   Held held;
   AttentionArgs args = attention_args(
-      {query, key, value, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, key_lengths,
-       page_table, philox, scale, causal, window_left, window_right, softcap, dropout_p,
-       diagonal_at_length},
+      {query,
+       key,
+       value,
+       bias,
+       mask,
+       alibi_slopes,
+       sinks,
+       cu_seqlens_q,
+       cu_seqlens_k,
+       key_lengths,
+       page_table,
+       philox,
+       scale,
+       causal,
+       window_left,
+       window_right,
+       softcap,
+       dropout_p,
+       diagonal_at_length,
+       max_seqlen_q,
+       max_seqlen_k},
       &held);
   STD_TORCH_CHECK(
       !page_table || (needs & 6) == 0, "\nattention: pages of a cache have no gradient\n");
   args.out = heads(out);
-  args.lse = const_cast<float*>(lse.const_data_ptr<float>());
-  args.lse_low = const_cast<float*>(lse_low.const_data_ptr<float>());
+  args.lse = const_cast<float*>(read<float>(lse));
+  args.lse_low = const_cast<float*>(read<float>(lse_low));
 
   Tensor dout =
       dout_any ? with_contiguous_rows(*dout_any) : torch::stable::new_zeros(out, out.sizes());
@@ -246,34 +278,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 
   AttentionGradients grads{};
   grads.dout = heads(dout);
-  grads.delta = static_cast<float*>(delta.mutable_data_ptr());
+  grads.delta = write<float>(delta);
   Tensor dquery_rows = dquery.rows();
   torch::stable::zero_(dquery_rows);
-  if (needs & 1) grads.dquery = heads(dquery_rows);
-  if (needs & 2) grads.dkey = heads(dkey.rows());
-  if (needs & 4) grads.dvalue = heads(dvalue.rows());
+  if (needs & 1) grads.dquery = result_heads(dquery_rows);
+  if (needs & 2) grads.dkey = result_heads(dkey.rows());
+  if (needs & 4) grads.dvalue = result_heads(dvalue.rows());
 
   Tensor dbias = nothing(query), dslopes = nothing(query), dsinks = nothing(query), sums;
   if (bias && (needs >> 3 & 1)) {
     dbias = torch::stable::empty_like(*held.bias);
     torch::stable::zero_(dbias);
+    write(dbias);
     grads.dbias = scores(dbias);
   }
   const bool needs_slopes = alibi_slopes && (needs >> 4 & 1);
   if (needs_slopes) {
     sums = torch::stable::new_zeros(lse, {args.B, args.Hq}, ScalarType::Double);
-    grads.slope_sums = static_cast<double*>(sums.mutable_data_ptr());
+    grads.slope_sums = write<double>(sums);
   }
   if (args.Hq > 0) kernels().attention_bwd(args, grads);
   if (needs_slopes) dslopes = sum_slopes(sums, *alibi_slopes);
-  if (sinks && (needs >> 5 & 1)) dsinks = sum_sinks(args, grads.delta, *sinks);
+  if (sinks && (needs >> 5 & 1)) dsinks = sink_gradient(args, grads.delta, *sinks);
   return {dquery.finish(),          dkey.finish(), dvalue.finish(),
           in_dtype_of(bias, dbias), dslopes,       dsinks};
 }
 
-}  // namespace fastattn
-
-STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&fastattn::attention_fwd));
-  m.impl("attention_bwd", TORCH_BOX(&fastattn::attention_bwd));
-}
+}  // namespace fastattn::FASTATTN_BACKEND

@@ -1,6 +1,6 @@
-#include "tensors.h"
+// cross_entropy_fwd, cross_entropy_bwd, and cross_entropy_bwd_ that writes over the logits.
 
-namespace fastattn {
+namespace fastattn::FASTATTN_BACKEND {
 
 static CrossEntropyArgs cross_entropy_args(
     const Tensor& logits, const Tensor& target, int64_t ignore_index, double smoothing,
@@ -9,9 +9,9 @@ static CrossEntropyArgs cross_entropy_args(
   args.dtype = dtype_of(logits);
   args.R = logits.size(0);
   args.V = logits.size(1);
-  args.logits = logits.const_data_ptr();
+  args.logits = read(logits);
   args.row = logits.stride(0);
-  args.target = target.const_data_ptr<int64_t>();
+  args.target = read<int64_t>(target);
   args.ignore_index = ignore_index;
   args.smoothing = static_cast<float>(smoothing);
   args.z_loss = static_cast<float>(z_loss);
@@ -19,6 +19,7 @@ static CrossEntropyArgs cross_entropy_args(
 }
 
 static void check_targets(const CrossEntropyArgs& args) {
+  if (!kReadsData) return;
   for (int64_t row = 0; row < args.R; ++row) {
     const int64_t target = args.target[row];
     STD_TORCH_CHECK(
@@ -31,13 +32,14 @@ static void check_targets(const CrossEntropyArgs& args) {
 std::tuple<Tensor, Tensor> cross_entropy_fwd(
     const Tensor& logits, const Tensor& target_any, int64_t ignore_index, double smoothing,
     double z_loss) {
+  const OnDevice on(logits);
   const Tensor target = torch::stable::contiguous(target_any);
   CrossEntropyArgs args = cross_entropy_args(logits, target, ignore_index, smoothing, z_loss);
   check_targets(args);
   Tensor loss = torch::stable::new_empty(logits, {args.R}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(logits, {args.R}, ScalarType::Float);
-  args.loss = static_cast<float*>(loss.mutable_data_ptr());
-  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.loss = write<float>(loss);
+  args.lse = write<float>(lse);
   kernels().cross_entropy_fwd(args);
   return {loss, lse};
 }
@@ -46,12 +48,13 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
 static void write_gradient(
     const Tensor& dloss, const Tensor& logits, const Tensor& target_any, const Tensor& lse,
     int64_t ignore_index, double smoothing, double z_loss, const Tensor& dlogits) {
+  const OnDevice on(logits);
   const Tensor target = torch::stable::contiguous(target_any);
   CrossEntropyArgs args = cross_entropy_args(logits, target, ignore_index, smoothing, z_loss);
-  args.lse = const_cast<float*>(lse.const_data_ptr<float>());
-  args.dloss = dloss.const_data_ptr<float>();
+  args.lse = const_cast<float*>(read<float>(lse));
+  args.dloss = read<float>(dloss);
   args.dloss_stride = dloss.stride(0);
-  args.dlogits = dlogits.mutable_data_ptr();
+  args.dlogits = write(dlogits);
   args.dlogits_row = dlogits.stride(0);
   kernels().cross_entropy_bwd(args);
 }
@@ -70,10 +73,4 @@ void cross_entropy_bwd_(
   write_gradient(dloss, logits, target, lse, ignore_index, smoothing, z_loss, logits);
 }
 
-}  // namespace fastattn
-
-STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
-  m.impl("cross_entropy_fwd", TORCH_BOX(&fastattn::cross_entropy_fwd));
-  m.impl("cross_entropy_bwd", TORCH_BOX(&fastattn::cross_entropy_bwd));
-  m.impl("cross_entropy_bwd_", TORCH_BOX(&fastattn::cross_entropy_bwd_));
-}
+}  // namespace fastattn::FASTATTN_BACKEND

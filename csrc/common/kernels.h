@@ -1,0 +1,31 @@
+// What a backend offers its operators: a function for each. No torch header here or below.
+#pragma once
+#include "activation.h"
+#include "attention.h"
+#include "cross_entropy.h"
+#include "norm.h"
+#include "rotary.h"
+#include "softmax.h"
+
+namespace fastattn {
+
+struct Kernels {
+  void (*attention_fwd)(const AttentionArgs&);
+  void (*attention_bwd)(const AttentionArgs&, const AttentionGradients&);
+  // dsinks[h] = -sum over rows of exp(sink - lse) * delta: a sink takes part in every row's lse
+  void (*sink_gradient)(const AttentionArgs&, const float* delta, float* dsinks);
+  void (*cross_entropy_fwd)(const CrossEntropyArgs&);
+  void (*cross_entropy_bwd)(const CrossEntropyArgs&);
+  void (*gelu_fwd)(const GeluArgs&);
+  void (*gelu_bwd)(const GeluArgs&);
+  void (*glu_fwd)(const GluArgs&);
+  void (*glu_bwd)(const GluArgs&);
+  void (*norm_fwd)(const NormArgs&);
+  void (*norm_bwd)(const NormArgs&);
+  void (*rotary)(const RotaryArgs&);
+  void (*rotary_tables)(const RotaryTablesArgs&);  // the CPU's alone
+  void (*softmax_fwd)(const SoftmaxArgs&);
+  void (*softmax_bwd)(const SoftmaxArgs&);
+};
+
+}  // namespace fastattn

@@ -1,0 +1,10 @@
+// Words for code that both a CPU's compiler and nvcc read.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTATTN_HD __host__ __device__
+#define FASTATTN_UNROLL _Pragma("unroll")
+#else
+#define FASTATTN_HD
+#define FASTATTN_UNROLL _Pragma("GCC unroll 16")
+#endif
