@@ -92,6 +92,7 @@ def jobs(
                 found += [Job(f"{name}_{way}", dtype, width, "") for width in widths]
         if not quick:
             found += [Job("cache_append_", dtype, 128, form) for form in ("dense", "paged")]
+            found += [Job("rotary_tables_bwd", dtype, width, "") for width in ROW_WIDTHS["rotary"]]
     return [job for job in found if not operators or job.operator in operators]
 
 
@@ -238,6 +239,13 @@ def rotary_bwd(job: Job, launch: Callable[..., Any]) -> None:
     launch(empty(job, 2, 8, 1024, job.width), table, table, positions, False, False)
 
 
+def rotary_tables_bwd(job: Job, launch: Callable[..., Any]) -> None:
+    positions, table = empty(job, 2, 1024, dtype=torch.int64), empty(job, 2048, job.width // 2)
+    x = empty(job, 2, 8, 1024, job.width)
+    launch(x, x, table, table, None, False, False, 6)
+    launch(x, x, table, table, positions, True, False, 6)
+
+
 def cache_append_(job: Job, launch: Callable[..., Any]) -> None:
     paged, new = job.form == "paged", empty(job, 2, 4, 8, job.width)
     store = empty(job, 64, 64, 4, job.width) if paged else empty(job, 2, 4, 1024, job.width)
@@ -251,7 +259,8 @@ CALLS: dict[str, Callable[[Job, Callable[..., Any]], None]] = {
     call.__name__: call
     for call in (
         attention_fwd, attention_bwd, norm_fwd, norm_bwd, softmax_fwd, softmax_bwd, cross_entropy_fwd,
-        cross_entropy_bwd, gelu_fwd, gelu_bwd, glu_fwd, glu_bwd, rotary_fwd, rotary_bwd, cache_append_,
+        cross_entropy_bwd, gelu_fwd, gelu_bwd, glu_fwd, glu_bwd, rotary_fwd, rotary_bwd,
+        rotary_tables_bwd, cache_append_,
     )
 }  # fmt: skip
 

@@ -22,7 +22,8 @@ KERNELS: list[tuple[Operator, frozenset[str]]] = [
     (cross_entropy.OPERATOR, frozenset()),
     (activation.GELU, frozenset({"bias"})),
     (activation.GLU, frozenset()),
-    (rotary.OPERATOR, frozenset({"positions"})),
+    (rotary.OPERATOR, rotary.FEATURES),
+    (rotary.TABLES_OPERATOR, rotary.FEATURES),
 ]
 DEVICES = ("CPU", "CUDA", "XPU")
 WIDEST = 256  # channels of a head: more would not fit the registers of a block
@@ -31,6 +32,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "attention_fwd": attention.check_data,
     "cross_entropy_fwd": cross_entropy.check_data,
     "rotary_fwd": rotary.check_data,
+    "rotary_tables_fwd": rotary.check_data,
 }
 
 

@@ -421,7 +421,8 @@ def rotary_cases() -> Iterator[Case]:
             def learned(
                 x: Inputs, b: Any, g: Any, interleaved: bool = interleaved, at: Any = at
             ) -> Any:
-                return fa.rotary(**x, interleaved=interleaved, positions=at, backend=b)
+                there = None if at is None else at.to(x["x"].device)
+                return fa.rotary(**x, interleaved=interleaved, positions=there, backend=b)
 
             shapes = {"x": (2, 3, 5, D), "cos": (40, 6), "sin": (40, 6)}
             yield rows_case("rotary", f"{kind}, learned", name, shapes, learned)

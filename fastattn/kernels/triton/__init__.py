@@ -26,6 +26,8 @@ LAUNCHERS = {
     "norm_bwd": "norm",
     "rotary_fwd": "rotary",
     "rotary_bwd": "rotary",
+    "rotary_tables_fwd": "rotary",
+    "rotary_tables_bwd": "rotary",
     "softmax_fwd": "softmax",
     "softmax_bwd": "softmax",
 }

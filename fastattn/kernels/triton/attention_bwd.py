@@ -32,6 +32,7 @@ from .tiles import (
     SLOPES,
     Rows,
     Sequence,
+    Spec,
     box,
     exponent,
     kept,
@@ -85,32 +86,47 @@ def attention_rows_kernel(out, dout, stats, dlse, result, lengths, sizes, FEATUR
     tl.store(result.lse_low + at, tl.where(low == low, low, 0.0), mask=rows.inside)
 
 
+class RowValues(NamedTuple):
+    """RowStats of a block of rows."""
+
+    delta: Any
+    lse: Any
+    lse_low: Any
+
+
 @triton.jit
-def row_stats(x, s, rows):
+def row_values(x, s, rows):
     at = stat_offsets(x, s, rows)
     delta = tl.load(x.delta + at, mask=rows.inside, other=0.0)
     lse = tl.load(x.lse + at, mask=rows.inside, other=0.0)
-    return delta, lse, tl.load(x.lse_low + at, mask=rows.inside, other=0.0)
+    return RowValues(delta, lse, tl.load(x.lse_low + at, mask=rows.inside, other=0.0))
 
 
 @triton.jit
-def graded(products, dweights, delta, lse, lse_low, extras, sizes, window, scale, s, head, query, key,
-           inside, FEATURES: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def beside(values, AXIS: tl.constexpr):
+    """Shaped for a tile: AXIS 1, its rows are queries; 0, its columns are."""
+    delta, lse = tl.expand_dims(values.delta, AXIS), tl.expand_dims(values.lse, AXIS)
+    return RowValues(delta, lse, tl.expand_dims(values.lse_low, AXIS))
+
+
+@triton.jit
+def graded(products, dweights, values, spec, s, head, query, key, inside, FEATURES: tl.constexpr,
+           MASKED: tl.constexpr):  # fmt: skip
     """(dropout(P), dS, dS times the derivative of softcap) of a tile, whichever way it lies."""
     slope = 1.0
     found = products
     if MODIFIED & FEATURES:
         there = inside & (key < s.Sk)
-        found, slope = modified(products, scale, extras, s, head, query, key, there, FEATURES)
-    weights = tl.exp2(exponent(found, scale, lse, FEATURES) - lse_low)
+        found, slope = modified(products, spec, s, head, query, key, there, FEATURES)
+    weights = tl.exp2(exponent(found, spec.scale, values.lse, FEATURES) - values.lse_low)
     if MASKED:
         # a row that does not exist has lse 0, and with a feature any score
-        weights = tl.where(inside & visible(query, key, s, window, FEATURES), weights, 0.0)
+        weights = tl.where(inside & visible(query, key, s, spec.window, FEATURES), weights, 0.0)
     dropped = weights
     if DROPOUT & FEATURES:
-        factor = kept(extras, sizes, s, head, query, key)
+        factor = kept(spec, s, head, query, key)
         dropped, dweights = weights * factor, dweights * factor
-    dscores = weights * (dweights - delta)
+    dscores = weights * (dweights - values.delta)
     return dropped, dscores, dscores * slope
 
 
@@ -139,6 +155,7 @@ def attention_bwd_keys_kernel(
     kv_heads = sizes.Hq // sizes.group
     program = tl.program_id(0)
     kv_head = program // blocks % kv_heads
+    spec = Spec(extras, lengths, sizes, window, scale)
     s = sequence_of(program // blocks // kv_heads, lengths, sizes, FEATURES)
     first = (
         program % blocks * BLOCK_N
@@ -168,13 +185,12 @@ def attention_bwd_keys_kernel(
         rows = Rows(tl.zeros_like(index) + head, index, index < s.Sq)
         q = query_tile(query, s, rows, head, m, D, BLOCK_M, COLS, FEATURES)
         do = query_tile(dout, s, rows, head, m, DV, BLOCK_M, COLS_V, FEATURES)
-        delta, lse, lse_low = row_stats(stats, s, rows)
+        values = beside(row_values(stats, s, rows), 0)
         products = tl.dot(k, q.T, input_precision=PRECISION)
         dweights = tl.dot(v, do.T, input_precision=PRECISION)
         dropped, _, dscores = graded(
-            products, dweights, delta[None, :], lse[None, :], lse_low[None, :], extras, sizes, window,
-            scale, s, rows.head[None, :], index[None, :], key_index, rows.inside[None, :], FEATURES,
-            True)  # fmt: skip
+            products, dweights, values, spec, s, rows.head[None, :], index[None, :], key_index,
+            rows.inside[None, :], FEATURES, True)  # fmt: skip
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     rows_held = s.Sk if PACKED & FEATURES else sizes.Sk
@@ -195,13 +211,13 @@ def store_keys(x, s, head, key_index, rows_held, tile, D: tl.constexpr, COLS: tl
 
 
 @triton.jit
-def add_keys(dq, dslope, q, do, delta, lse, lse_low, key, value, extras, lengths, sizes, window, scale, s,
-             rows, start, end, FEATURES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-             BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-             WHOLE: tl.constexpr):  # fmt: skip
+def add_keys(dq, dslope, q, do, values, key, value, spec, s, rows, start, end, FEATURES: tl.constexpr,
+             D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+             MASKED: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """What keys [start, end) add to a block of queries. Tiles lie as (queries, keys). MASKED: some may not
     be seen by some queries; WHOLE: all tiles lie within the keys."""
-    kv_head = tl.min(rows.head, 0) // sizes.group
+    lengths = spec.lengths
+    kv_head = tl.min(rows.head, 0) // spec.sizes.group
     for n in tl.range(start, end, BLOCK_N):
         key_index = (n + tl.arange(0, BLOCK_N))[None, :]
         k = key_rows(key, lengths, s, kv_head, n, s.Sk, D, BLOCK_N, q.shape[1], FEATURES, not WHOLE)
@@ -211,9 +227,8 @@ def add_keys(dq, dslope, q, do, delta, lse, lse_low, key, value, extras, lengths
         products = tl.dot(q, k.T, input_precision=PRECISION)
         dweights = tl.dot(do, v.T, input_precision=PRECISION)
         _, before, dscores = graded(
-            products, dweights, delta[:, None], lse[:, None], lse_low[:, None], extras, sizes, window,
-            scale, s, rows.head[:, None], rows.query[:, None], key_index, rows.inside[:, None],
-            FEATURES, MASKED)  # fmt: skip
+            products, dweights, beside(values, 1), spec, s, rows.head[:, None], rows.query[:, None],
+            key_index, rows.inside[:, None], FEATURES, MASKED)  # fmt: skip
         if SLOPES & FEATURES:
             distance = tl.abs(rows.query[:, None] + s.diagonal - key_index).to(tl.float32)
             dslope -= tl.sum(before * distance, 1)
@@ -234,6 +249,7 @@ def attention_bwd_queries_kernel(
     program = tl.program_id(0)
     block = blocks - 1 - program % blocks
     head = program // blocks % sizes.Hq
+    spec = Spec(extras, lengths, sizes, window, scale)
     s = sequence_of(program // blocks // sizes.Hq, lengths, sizes, FEATURES)
     rows = rows_of(block, head, s, 1, BLOCK_M)
     low = block * BLOCK_M
@@ -256,19 +272,19 @@ def attention_bwd_queries_kernel(
 
     q = query_rows(query, s, rows, D, COLS, True)
     do = query_rows(dout, s, rows, DV, COLS_V, True)
-    delta, lse, lse_low = row_stats(stats, s, rows)
+    values = row_values(stats, s, rows)
     dq = tl.zeros([BLOCK_M, COLS], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     if LEFT & FEATURES and PLAIN:
         dq, dslope = add_keys(
-            dq, dslope, q, do, delta, lse, lse_low, key, value, extras, lengths, sizes, window, scale, s,
-            rows, start, tl.minimum(free, end), FEATURES, D, DV, BLOCK_N, PRECISION, True, False)  # fmt: skip
+            dq, dslope, q, do, values, key, value, spec, s, rows, start, tl.minimum(free, end), FEATURES,
+            D, DV, BLOCK_N, PRECISION, True, False)  # fmt: skip
     dq, dslope = add_keys(
-        dq, dslope, q, do, delta, lse, lse_low, key, value, extras, lengths, sizes, window, scale, s,
-        rows, free, free_end, FEATURES, D, DV, BLOCK_N, PRECISION, not PLAIN, True)  # fmt: skip
+        dq, dslope, q, do, values, key, value, spec, s, rows, free, free_end, FEATURES, D, DV, BLOCK_N,
+        PRECISION, not PLAIN, True)  # fmt: skip
     dq, dslope = add_keys(
-        dq, dslope, q, do, delta, lse, lse_low, key, value, extras, lengths, sizes, window, scale, s,
-        rows, free_end, end, FEATURES, D, DV, BLOCK_N, PRECISION, True, False)  # fmt: skip
+        dq, dslope, q, do, values, key, value, spec, s, rows, free_end, end, FEATURES, D, DV, BLOCK_N,
+        PRECISION, True, False)  # fmt: skip
     store_rows(dquery, s, rows, dq * scale.natural, D, COLS)
     if SLOPES & FEATURES:
         at = (block.to(tl.int64) * sizes.B + s.b) * sizes.Hq + head
@@ -301,6 +317,7 @@ def attention_bwd_bias_kernel(
     row_tile, col_tile = program // col_programs % row_programs, program % col_programs
     bias_head = program // col_programs // row_programs % extent.head
     bias_b = program // col_programs // row_programs // extent.head
+    spec = Spec(extras, lengths, sizes, window, scale)
     dtile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for more_b in range(sizes.B // extent.batch):
         s = sequence_of(bias_b + more_b, lengths, sizes, FEATURES)
@@ -310,7 +327,7 @@ def attention_bwd_bias_kernel(
                 rows = rows_of(row_tile + more_rows, head, s, 1, BLOCK_M)
                 q = query_rows(query, s, rows, D, COLS, True)
                 do = query_rows(dout, s, rows, DV, COLS_V, True)
-                delta, lse, lse_low = row_stats(stats, s, rows)
+                values = beside(row_values(stats, s, rows), 1)
                 for more_cols in range(col_tiles // col_programs):
                     n = (col_tile + more_cols) * BLOCK_N
                     key_index = (n + tl.arange(0, BLOCK_N))[None, :]
@@ -321,9 +338,8 @@ def attention_bwd_bias_kernel(
                     products = tl.dot(q, k.T, input_precision=PRECISION)
                     dweights = tl.dot(do, v.T, input_precision=PRECISION)
                     _, before, _ = graded(
-                        products, dweights, delta[:, None], lse[:, None], lse_low[:, None], extras, sizes,
-                        window, scale, s, rows.head[:, None], rows.query[:, None], key_index,
-                        rows.inside[:, None], FEATURES, True)  # fmt: skip
+                        products, dweights, values, spec, s, rows.head[:, None], rows.query[:, None],
+                        key_index, rows.inside[:, None], FEATURES, True)  # fmt: skip
                     dtile += before
     row = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     col = (col_tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]

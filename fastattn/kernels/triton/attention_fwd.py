@@ -30,6 +30,7 @@ from .tiles import (
     SPECIALISED,
     Rows,
     Sequence,
+    Spec,
     exponent,
     kept,
     key_rows,
@@ -43,13 +44,13 @@ from .tiles import (
 
 
 @triton.jit
-def attend(acc, row_max, row_sum, q, key, value, extras, lengths, sizes, window, scale, s, rows,
-           start, end, FEATURES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-           BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-           WHOLE: tl.constexpr):  # fmt: skip
+def attend(acc, row_max, row_sum, q, key, value, spec, s, rows, start, end, FEATURES: tl.constexpr,
+           D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+           MASKED: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """The running softmax of a block over keys [start, end). MASKED: some may not be seen by some
     queries; WHOLE: all tiles lie within the keys."""
-    kv_head = tl.min(rows.head, 0) // sizes.group
+    lengths, scale = spec.lengths, spec.scale
+    kv_head = tl.min(rows.head, 0) // spec.sizes.group
     head, query, inside = rows.head[:, None], rows.query[:, None], rows.inside[:, None]
     for n in tl.range(start, end, BLOCK_N, warp_specialize=(SPECIALISED & FEATURES) != 0):
         key_index = (n + tl.arange(0, BLOCK_N))[None, :]
@@ -57,9 +58,9 @@ def attend(acc, row_max, row_sum, q, key, value, extras, lengths, sizes, window,
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         if MODIFIED & FEATURES:
             there = inside & (key_index < s.Sk)
-            scores, _ = modified(scores, scale, extras, s, head, query, key_index, there, FEATURES)
+            scores, _ = modified(scores, spec, s, head, query, key_index, there, FEATURES)
         if MASKED:
-            seen = visible(query, key_index, s, window, FEATURES)
+            seen = visible(query, key_index, s, spec.window, FEATURES)
             scores = tl.where(seen, scores, -float("inf"))
         # in log2 units, as rounded: weights, their sum and lse all count from the same number
         largest = tl.maximum(row_max, tl.max(scores, 1) * scale.unit)
@@ -69,7 +70,7 @@ def attend(acc, row_max, row_sum, q, key, value, extras, lengths, sizes, window,
         row_sum = tl.fma(row_sum, alpha, tl.sum(weights, 1))
         row_max = largest
         if DROPOUT & FEATURES:
-            weights *= kept(extras, sizes, s, head, query, key_index)
+            weights *= kept(spec, s, head, query, key_index)
         v = key_rows(
             value, lengths, s, kv_head, n, s.Sk, DV, BLOCK_N, acc.shape[1], FEATURES, not WHOLE
         )
@@ -116,6 +117,7 @@ def attention_fwd_kernel(
     block = blocks - 1 - program % blocks  # the last rows of a causal call see most: they go first
     first_head = program // blocks % sets * TOGETHER
     slot = program // blocks // sets  # split * B + b
+    spec = Spec(extras, lengths, sizes, window, scale)
     s = sequence_of(slot % sizes.B, lengths, sizes, FEATURES)
     if block * BLOCK_M < TOGETHER * s.Sq:
         rows = rows_of(block, first_head, s, TOGETHER, BLOCK_M)
@@ -145,14 +147,14 @@ def attention_fwd_kernel(
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         if LEFT & FEATURES and PLAIN:
             acc, row_max, row_sum = attend(
-                acc, row_max, row_sum, q, key, value, extras, lengths, sizes, window, scale, s, rows,
-                start, tl.minimum(free, end), FEATURES, D, DV, BLOCK_N, PRECISION, True, False)  # fmt: skip
+                acc, row_max, row_sum, q, key, value, spec, s, rows, start, tl.minimum(free, end), FEATURES,
+                D, DV, BLOCK_N, PRECISION, True, False)  # fmt: skip
         acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q, key, value, extras, lengths, sizes, window, scale, s, rows,
-            free, free_end, FEATURES, D, DV, BLOCK_N, PRECISION, not PLAIN, True)  # fmt: skip
+            acc, row_max, row_sum, q, key, value, spec, s, rows, free, free_end, FEATURES, D, DV, BLOCK_N,
+            PRECISION, not PLAIN, True)  # fmt: skip
         acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q, key, value, extras, lengths, sizes, window, scale, s, rows,
-            free_end, end, FEATURES, D, DV, BLOCK_N, PRECISION, True, False)  # fmt: skip
+            acc, row_max, row_sum, q, key, value, spec, s, rows, free_end, end, FEATURES, D, DV, BLOCK_N,
+            PRECISION, True, False)  # fmt: skip
 
         if SPLIT > 0:
             part = Sequence(slot.to(tl.int64), 0, 0, s.Sq, s.Sk, s.diagonal)

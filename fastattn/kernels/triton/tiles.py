@@ -131,6 +131,16 @@ class Scale(NamedTuple):
     unit_low: Any
 
 
+class Spec(NamedTuple):
+    """All of these, in one. Made inside a kernel: Triton 3.6 would pass each 1 in it as None."""
+
+    extras: Any
+    lengths: Any
+    sizes: Any
+    window: Any
+    scale: Any
+
+
 class Sequence(NamedTuple):
     """One sequence of the batch. Key j is on the diagonal of query i where j = i + diagonal."""
 
@@ -314,9 +324,10 @@ def score_pointers(x, s, head, query, key):
 
 
 @triton.jit
-def modified(products, scale, extras, s, head, query, key, inside, FEATURES: tl.constexpr):
+def modified(products, spec, s, head, query, key, inside, FEATURES: tl.constexpr):
     """(score, derivative by the product / scale): scale, softcap, bias, ALiBi and mask, in this order."""
-    score = products * scale.natural
+    extras = spec.extras
+    score = products * spec.scale.natural
     slope = 1.0
     if SOFTCAP & FEATURES:
         t = tanh(score / extras.softcap)
@@ -335,8 +346,9 @@ def modified(products, scale, extras, s, head, query, key, inside, FEATURES: tl.
 
 
 @triton.jit
-def kept(extras, sizes, s, head, query, key):
+def kept(spec, s, head, query, key):
     """What dropout multiplies weights by: keep_scale, or 0."""
-    plane = s.b.to(tl.int32) * sizes.Hq + head
-    mask = keep(extras.dropout.philox, query, plane, key, extras.dropout.drop_below)
-    return tl.where(mask, extras.dropout.keep_scale, 0.0)
+    dropout = spec.extras.dropout
+    plane = s.b.to(tl.int32) * spec.sizes.Hq + head
+    mask = keep(dropout.philox, query, plane, key, dropout.drop_below)
+    return tl.where(mask, dropout.keep_scale, 0.0)
