@@ -268,26 +268,48 @@ static __attribute__((noinline)) void hide_scores(
   }
 }
 
+// philox4x32 with the second and third counter of each lane its own.
+FA_INLINE void philox_lanes(
+    uint32_t quad, UVec query, UVec head, const PhiloxKey& key, UVec (&word)[4]) {
+  uint32_t key0 = (uint32_t)key.seed, key1 = (uint32_t)(key.seed >> 32);
+  word[0] = UVec{} + quad;
+  word[1] = query;
+  word[2] = head;
+  word[3] = UVec{} + key.offset;
+  FA_FOR (round, 10) {
+    UVec high0, low0, high1, low1;
+    multiply(word[0], 0xD2511F53, &high0, &low0);
+    multiply(word[2], 0xCD9E8D57, &high1, &low1);
+    word[0] = high1 ^ word[1] ^ key0;
+    word[1] = low1;
+    word[2] = high0 ^ word[3] ^ key1;
+    word[3] = low0;
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+}
+
 // Multiplies (n x W) weights by what dropout keeps: keep_scale or 0.
 static __attribute__((noinline)) void drop_weights(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
     int64_t key, int64_t n, float* weights) {
-  const int W = group.vectors * kLanes;
   const PhiloxKey philox = philox_key(args.philox);
-  for (int64_t quad = key / 4; quad * 4 < key + n; ++quad) {
-    uint32_t words[4][kBlockRows];
-    for (int l = 0; l < W; ++l) {  // vectorised by the compiler: lanes differ in query and head
-      const int r = group.lane + l;
-      const PhiloxWords four = philox4x32(
-          (uint32_t)quad, (uint32_t)block.query[r], (uint32_t)(s.b * args.Hq + block.head[r]),
-          philox.offset, philox.seed);
-      for (int w = 0; w < 4; ++w) words[w][l] = four.word[w];
+  for (int v = 0; v < group.vectors; ++v) {
+    UVec query, head;
+    for (int l = 0; l < kLanes; ++l) {
+      const int r = group.lane + v * kLanes + l;
+      query[l] = (uint32_t)block.query[r];
+      head[l] = (uint32_t)(s.b * args.Hq + block.head[r]);
     }
-    for (int w = 0; w < 4; ++w) {
-      const int64_t k = quad * 4 + w - key;
-      if (k < 0 || k >= n) continue;
-      for (int l = 0; l < W; ++l)
-        weights[k * W + l] *= words[w][l] >= args.drop_below ? args.keep_scale : 0.f;
+    for (int64_t quad = key / 4; quad * 4 < key + n; ++quad) {
+      UVec word[4];
+      philox_lanes((uint32_t)quad, query, head, philox, word);
+      FA_FOR (w, 4) {
+        const int64_t k = quad * 4 + w - key;
+        if (k < 0 || k >= n) continue;
+        float* at = weights + (k * group.vectors + v) * kLanes;
+        store(at, load(at) * (word[w] >= args.drop_below ? splat(args.keep_scale) : Vec{}));
+      }
     }
   }
 }

@@ -36,6 +36,33 @@ FA_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 FA_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 #endif
 
+// The two halves of each 64-bit product. Processors multiply every other lane at a time.
+#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+FA_INLINE void multiply(UVec a, uint32_t b, UVec* high, UVec* low) {
+  const __m512i factor = _mm512_set1_epi32((int)b);
+  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+  *high = (UVec)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  *low = (UVec)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+#elif FASTATTN_LANES == 8 && defined(__AVX2__)
+FA_INLINE void multiply(UVec a, uint32_t b, UVec* high, UVec* low) {
+  const __m256i factor = _mm256_set1_epi32((int)b);
+  const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+  *high = (UVec)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  *low = (UVec)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+#else
+FA_INLINE void multiply(UVec a, uint32_t b, UVec* high, UVec* low) {
+  for (int l = 0; l < kLanes; ++l) {
+    const uint64_t product = (uint64_t)a[l] * b;
+    (*high)[l] = (uint32_t)(product >> 32);
+    (*low)[l] = (uint32_t)product;
+  }
+}
+#endif
+
 // Four partial results, then a tree: the order is fixed by kLanes alone.
 FA_INLINE float reduce_sum(Vec v) {
   float lane[kLanes];
