@@ -51,10 +51,10 @@ def calls(draw):
 FEW = 16  # numbers: of these naive PyTorch may have all right to the last bit, by chance
 
 
-def keeps_the_rule(options, dtype, isa):
+def keeps_the_rule(options, dtype, isa, make=attention):
     """A tensor of few numbers is held to the rule together with those of seven more draws, where it fails
     alone: the largest error of a handful of numbers says little of how large errors are."""
-    case = attention("any", str(options), **options)
+    case = make("any", str(options), **options)
     with native.use_isa(isa):
         verdict = judge(case, dtype, "cpu")
         truth = baselines(case, dtype)[0]
@@ -64,15 +64,15 @@ def keeps_the_rule(options, dtype, isa):
         )
         assert all(truth[name].numel() <= FEW for name in doubtful), verdict.explain()
         if doubtful:
-            errors = together(options, dtype, doubtful)
+            errors = together(options, dtype, doubtful, make)
             assert max(errors.values()) <= 1, f"{verdict.explain()}; of eight draws: {errors}"
 
 
-def together(options, dtype, names):
+def together(options, dtype, names, make):
     """Error over allowance of the named tensors of eight draws, as if they were one."""
     found, truth, naive = [], [], []
     for draw in range(8):
-        case = attention(f"draw {draw}", str(options), **options)
+        case = make(f"draw {draw}", str(options), **options)
         found.append(run(case, dtype, "cpu"))
         for kept, results in zip((truth, naive), baselines(case, dtype), strict=True):
             kept.append(results)
@@ -95,6 +95,108 @@ def test_any_features_together(options, dtype, isa):
 @given(options=calls(), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(ISAS))
 def test_many_features_together(options, dtype, isa):
     keeps_the_rule(options, dtype, isa)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "turned": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    "spread": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+@st.composite
+def row_calls(draw):
+    """Keywords of `rows`: a row operator, any of its options, rows in any number of dimensions."""
+    operator = draw(st.sampled_from(sorted(ROWS)))
+    leading = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 5, 17]), max_size=3)))
+    columns = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 97, 130, 259]
+    return {
+        "operator": operator,
+        "shape": (*leading, draw(st.sampled_from(columns))),
+        "layout": draw(st.sampled_from(sorted(LAYOUTS))),
+        "wide": draw(st.booleans()),
+        "size": draw(st.sampled_from([0.0, 1e-3, 1.0, 1.0, 10.0])),
+        "options": draw(st.fixed_dictionaries({}, optional=ROWS[operator])),
+    }
+
+
+dropouts = st.sampled_from([0.2, 1.0])
+norms = {
+    "weight": st.just(True), "residual": st.just(True), "return_residual": st.just(True),
+    "dropout_p": dropouts, "eps": st.sampled_from([1e-3, 1e-6]),
+}  # fmt: skip
+losses = {
+    "ignore_index": st.sampled_from([0, 1]), "label_smoothing": st.sampled_from([0.1, 1.0]),
+    "z_loss": st.just(0.01), "reduction": st.sampled_from(["sum", "none"]),
+}  # fmt: skip
+forms = {"approximate": st.just("tanh")}
+ROWS = {
+    "layer_norm": norms | {"bias": st.just(True)},
+    "rms_norm": norms | {"weight_offset": st.just(1.0)},
+    "softmax": {"causal": st.just(True), "scale": st.sampled_from([-0.3, 7.0]), "mask": st.just(True)},
+    "cross_entropy": losses,
+    "linear_cross_entropy": losses | {"bias": st.just(True)},
+    "gelu": forms | {"bias": st.just(True)},
+    "geglu": forms,
+    "swiglu": {},
+    "rotary": {"interleaved": st.just(True)},
+}  # fmt: skip
+
+
+def rows(draw, name, *, operator, shape, layout, wide, size, options):
+    """One call as a case. wide: weights, bias and residual are fp32 beside whatever x is."""
+    C, options = shape[-1], dict(options)
+    shapes, kept = {"x": shape}, {}
+    if operator in ("swiglu", "geglu"):
+        shapes = {"gate": shape, "up": shape}
+    if operator == "cross_entropy":
+        shapes = {"logits": shape}
+    if operator == "linear_cross_entropy":
+        shapes = {"hidden": shape, "weight": (11, C)}
+    if operator == "rotary":
+        shape = (1, 1, 1, 1)[: 4 - len(shape)] + shape
+        shapes = {"x": shape, "cos": (20, C // 2), "sin": (20, C // 2)}
+    for option in ("weight", "bias", "residual"):
+        if options.pop(option, False):
+            columns = 11 if operator == "linear_cross_entropy" else C
+            shapes[option] = shape if option == "residual" else (columns,)
+    generator = torch.Generator().manual_seed(len(name))
+    if "entropy" in operator:
+        V = C if operator == "cross_entropy" else 11
+        kept["target"] = torch.randint(0, V, shape[:-1], generator=generator)
+    if options.pop("mask", False):
+        kept["mask"] = torch.rand(shape, generator=generator) < 0.5
+    options["causal"] = options.get("causal", False) and len(shape) > 1
+    if operator != "softmax":
+        del options["causal"]
+    first = next(iter(shapes))
+
+    def call(x, backend, g):
+        x = {n: LAYOUTS[layout](t) if n == first else t for n, t in x.items()}
+        more = {"generator": g} if operator in ("layer_norm", "rms_norm") else {}
+        return getattr(fa, operator)(**x, **kept, **options, **more, backend=backend)
+
+    beside = frozenset({"weight", "bias", "residual"} if wide and "entropy" not in operator else ())
+    kept_wide = frozenset(beside & shapes.keys())
+    return rows_case(operator, draw, name, shapes, call, kept_wide, size=size)
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(options=row_calls(), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(ISAS))
+def test_any_options_of_a_row_operator(options, dtype, isa):
+    keeps_the_rule(options, dtype, isa, rows)
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=5000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(options=row_calls(), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(ISAS))
+def test_many_options_of_row_operators(options, dtype, isa):
+    keeps_the_rule(options, dtype, isa, rows)
 
 
 @pytest.mark.parametrize("isa", ISAS)

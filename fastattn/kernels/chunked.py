@@ -103,7 +103,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *spec, ahead, needs = scalars
     if ahead:  # of the sum of the losses: every row has the same dloss, and no rows have 0
-        scale = dloss[:1].sum()
+        # where all targets are ignored, dloss is that of a mean over none: infinite
+        none = (target == spec[0]).all()
+        scale = dloss[:1].sum().masked_fill(none, 0.0)
         ready = (ahead_hidden, ahead_weight, ahead_bias)
         inputs = (hidden, weight, hidden if bias is None else bias)
         return tuple((g * scale).to(x.dtype) for g, x in zip(ready, inputs, strict=True))  # type: ignore[return-value]

@@ -161,3 +161,13 @@ def test_float16_sums_of_many_rows_are_scaled_before_they_are_rounded(bias):
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == torch.float16
         torch.testing.assert_close(a.float(), b.float(), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("operator", ["cross_entropy", "linear_cross_entropy"])
+def test_no_target_is_a_mean_of_nan_and_a_gradient_of_zero(operator):
+    x, weight = torch.randn(4, 9, requires_grad=True), torch.randn(11, 9, requires_grad=True)
+    inputs = (x,) if operator == "cross_entropy" else (x, weight)
+    loss = getattr(fa, operator)(*inputs, torch.full((4,), 3), ignore_index=3, backend="cpu")
+    assert loss.isnan()
+    for gradient in torch.autograd.grad(loss, inputs):
+        assert (gradient == 0).all()
