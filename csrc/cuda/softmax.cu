@@ -37,7 +37,7 @@ FASTATTN_DEVICE void load_logits(
 }
 
 // What is subtracted before exp: the maximum, or 0 where nothing is kept.
-FASTATTN_DEVICE float shift_of(float most) { return most == -kInf ? 0.f : most; }
+FASTATTN_DEVICE float softmax_shift(float most) { return most == -kInf ? 0.f : most; }
 FASTATTN_DEVICE float inverse_of(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
 
 template <int S, int N>
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kMostThreads)
   load_logits<T>(args, row, 0, share, z);
   float most[1] = {most_of(z, -kInf)};
   join(most, Most());
-  float sum[1] = {exponentials(shift_of(most[0]), z)};
+  float sum[1] = {exponentials(softmax_shift(most[0]), z)};
   join(sum, Sum());
   multiply(inverse_of(sum[0]), z);
   store_row((T*)args.out + row * args.C, share, z);
@@ -106,13 +106,13 @@ __global__ void __launch_bounds__(kMostThreads)
   for_shares<N>(args.C, [&](int64_t at, const Share<N>& share) {
     load_logits<T>(args, row, at, share, z);
     const float higher = most_of(z, most[0]);
-    if (sum[0] != 0.f) sum[0] *= expf(shift_of(most[0]) - shift_of(higher));
+    if (sum[0] != 0.f) sum[0] *= expf(softmax_shift(most[0]) - softmax_shift(higher));
     most[0] = higher;
-    sum[0] += exponentials(shift_of(higher), z);
+    sum[0] += exponentials(softmax_shift(higher), z);
   });
-  const float mine = shift_of(most[0]);
+  const float mine = softmax_shift(most[0]);
   join(most, Most());
-  const float shift = shift_of(most[0]);
+  const float shift = softmax_shift(most[0]);
   if (sum[0] != 0.f) sum[0] *= expf(mine - shift);
   join(sum, Sum());
   for_shares<N>(args.C, [&](int64_t at, const Share<N>& share) {
