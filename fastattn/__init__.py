@@ -1,6 +1,7 @@
 """fastattn: fused attention, normalisation, softmax and cross-entropy for PyTorch."""
 
 from .ops import cpu as _cpu  # noqa: F401  (registers the C++ kernels)
+from .ops import cuda as _cuda  # noqa: F401  (registers the CUDA kernels)
 from .ops import triton as _triton  # noqa: F401  (registers the Triton kernels)
 from .ops.activation import geglu, gelu, swiglu
 from .ops.attention import attention, attention_varlen, explain

@@ -48,9 +48,7 @@ class Call(NamedTuple):
 
 
 _kernels: dict[tuple[str, str], Kernel] = {}
-_unusable: dict[str, str] = {
-    "cuda": "no CUDA kernel is written yet",
-}
+_unusable: dict[str, str] = {}
 _forced: str | None = None
 
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "activation.h"
 #include "attention.h"
+#include "cache.h"
 #include "cross_entropy.h"
 #include "norm.h"
 #include "rotary.h"
@@ -14,6 +15,7 @@ struct Kernels {
   void (*attention_bwd)(const AttentionArgs&, const AttentionGradients&);
   // dsinks[h] = -sum over rows of exp(sink - lse) * delta: a sink takes part in every row's lse
   void (*sink_gradient)(const AttentionArgs&, const float* delta, float* dsinks);
+  void (*cache_append)(const CacheArgs&);  // a GPU's alone
   void (*cross_entropy_fwd)(const CrossEntropyArgs&);
   void (*cross_entropy_bwd)(const CrossEntropyArgs&);
   void (*gelu_fwd)(const GeluArgs&);
@@ -23,7 +25,7 @@ struct Kernels {
   void (*norm_fwd)(const NormArgs&);
   void (*norm_bwd)(const NormArgs&);
   void (*rotary)(const RotaryArgs&);
-  void (*rotary_tables)(const RotaryTablesArgs&);  // the CPU's alone
+  void (*rotary_tables)(const RotaryTablesArgs&);
   void (*softmax_fwd)(const SoftmaxArgs&);
   void (*softmax_bwd)(const SoftmaxArgs&);
 };

@@ -155,7 +155,7 @@ FASTATTN_DEVICE void write_rows(
 }
 
 // ---- the left side of dot_rows: 16 M rows of a warp
-// -----------------------------------------------
+// ----------------------------------------------
 
 // Where registers are short, read again for each product.
 template <class T, int COLS, int M>

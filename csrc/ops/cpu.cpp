@@ -18,10 +18,5 @@ static const Tensor& to_host(const Tensor& x) { return x; }
 }  // namespace fastattn::cpu_operators
 
 #include "operators-inl.h"
-#include "rotary_tables-inl.h"
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
-  fastattn::cpu_operators::implement(m);
-  m.impl("rotary_tables_fwd", TORCH_BOX(&fastattn::cpu_operators::rotary_fwd));
-  m.impl("rotary_tables_bwd", TORCH_BOX(&fastattn::cpu_operators::rotary_tables_bwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) { fastattn::cpu_operators::implement(m); }

@@ -1,6 +1,5 @@
 // The operators of fastattn_cuda, on the device and the stream that their caller works on. With
-// FASTATTN_HOST they take a CPU's tensors, and the kernels run on the model of a GPU (csrc/host);
-// FASTATTN_LIBRARY is then the namespace of torch's operators.
+// FASTATTN_HOST they take a CPU's tensors, and the kernels run on the model of a GPU (csrc/host).
 #include "tensors.h"
 //
 #include <torch/csrc/stable/accelerator.h>
@@ -104,10 +103,26 @@ void* current_stream() {
 
 }  // namespace fastattn
 
+#include "cache-inl.h"
 #include "operators-inl.h"
 
+namespace fastattn::cuda_operators {
+
+template <class Library>
+void implement_all(Library& m) {
+  implement(m);
+  m.impl("cache_append_", TORCH_BOX(&cache_append_));
+}
+
+}  // namespace fastattn::cuda_operators
+
 #if defined(FASTATTN_HOST)
-STABLE_TORCH_LIBRARY_IMPL(FASTATTN_LIBRARY, CPU, m) { fastattn::cuda_operators::implement(m); }
+// Gives torch these operators as name's: libraries made from other sources can be loaded beside.
+extern "C" __attribute__((visibility("default"))) void fastattn_host_register(const char* name) {
+  using torch::stable::detail::StableLibrary;
+  auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name, "CPU", __FILE__, __LINE__);
+  fastattn::cuda_operators::implement_all(*library);  // for as long as the process lives
+}
 #else
-STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, CUDA, m) { fastattn::cuda_operators::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cuda, CUDA, m) { fastattn::cuda_operators::implement_all(m); }
 #endif

@@ -83,8 +83,17 @@ static PyObject* use_isa(PyObject*, PyObject* name) {
   return PyBool_FromLong(done);
 }
 
+#if !defined(FASTATTN_CUDA_ARCHITECTURES)
+#define FASTATTN_CUDA_ARCHITECTURES ""
+#endif
+static PyObject* cuda_architectures(PyObject*, PyObject*) {
+  return PyUnicode_FromString(FASTATTN_CUDA_ARCHITECTURES);
+}
+
 static PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
+    {"cuda_architectures", cuda_architectures, METH_NOARGS,
+     "What the CUDA kernels were compiled for, with spaces between; empty without them."},
     {"isas", isas, METH_NOARGS, "[(name, lanes, whether this processor runs it)]."},
     {"use_isa", use_isa, METH_O, "Uses another set from now on; False where it cannot."},
     {}};

@@ -11,6 +11,7 @@
 #include "cross_entropy-inl.h"
 #include "norm-inl.h"
 #include "rotary-inl.h"
+#include "rotary_tables-inl.h"
 #include "softmax-inl.h"
 
 namespace fastattn::FASTATTN_BACKEND {
@@ -31,6 +32,8 @@ void implement(Library& m) {
   m.impl("norm_bwd", TORCH_BOX(&norm_bwd));
   m.impl("rotary_fwd", TORCH_BOX(&rotary_fwd));
   m.impl("rotary_bwd", TORCH_BOX(&rotary_bwd));
+  m.impl("rotary_tables_fwd", TORCH_BOX(&rotary_fwd));
+  m.impl("rotary_tables_bwd", TORCH_BOX(&rotary_tables_bwd));
   m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd));
   m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd));
 }

@@ -37,6 +37,15 @@ def isas() -> list[InstructionSet]:
     return [InstructionSet(*row) for row in fastattn._C.isas()]
 
 
+def cuda_architectures() -> list[str]:
+    """What the CUDA kernels of this build were compiled for, as "80" or "120"; none without them."""
+    try:
+        import fastattn._C
+    except ImportError:
+        return []
+    return str(fastattn._C.cuda_architectures()).split()
+
+
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
     """Inside the block the CPU kernels of this process use another instruction set."""

@@ -11,6 +11,11 @@ from .. import registry
 from ..kernels import chunked
 from . import cross_entropy, linear_cross_entropy
 
+# the schema of cross_entropy_bwd_
+IN_PLACE = (
+    f"(Tensor dloss, Tensor(a!) logits, Tensor target, Tensor lse, {cross_entropy.SCALARS}) -> ()"
+)
+
 
 def bind(backend: str, devices: Sequence[str]) -> None:
     """Gives `backend` both; its cross_entropy_bwd_ it implements itself."""
@@ -21,10 +26,7 @@ def bind(backend: str, devices: Sequence[str]) -> None:
 def bind_in_place(backend: str) -> None:
     """cross_entropy whose gradient takes the logits' memory: no schema of its own but the backward."""
     namespace = f"fastattn_{backend}"
-    torch.library.define(
-        f"{namespace}::cross_entropy_bwd_",
-        f"(Tensor dloss, Tensor(a!) logits, Tensor target, Tensor lse, {cross_entropy.SCALARS}) -> ()",
-    )
+    torch.library.define(f"{namespace}::cross_entropy_bwd_", IN_PLACE)
     torch.library.register_fake(f"{namespace}::cross_entropy_bwd_", lambda *arguments: None)
     ops = getattr(torch.ops, namespace)
     forward = functools.partial(cross_entropy.InPlace.apply, ops)

@@ -1,0 +1,97 @@
+"""What the CUDA kernels honour, operator by operator; anything else they decline. On a GPU they are the
+extension's; on a CPU the same kernels run on a model of a GPU (emulate/cuda_host.py)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..emulate import cuda_host
+from ..kernels import native
+from . import activation, attention, cache, cross_entropy, losses, norm, rotary, softmax
+from .operator import Operator
+
+KERNELS: list[tuple[Operator, frozenset[str]]] = [
+    (attention.OPERATOR, attention.FEATURES),
+    (norm.OPERATOR, norm.FEATURES),
+    (softmax.OPERATOR, softmax.FEATURES),
+    (cross_entropy.OPERATOR, frozenset()),
+    (activation.GELU, frozenset({"bias"})),
+    (activation.GLU, frozenset()),
+    (rotary.OPERATOR, rotary.FEATURES),
+    (rotary.TABLES_OPERATOR, rotary.FEATURES),
+]
+WIDEST = 256  # channels of a head: more would not fit the registers of a block
+CACHE_APPEND = (
+    "(Tensor(a!) key_store, Tensor(b!) value_store, Tensor key, Tensor value, Tensor lengths, "
+    "Tensor counts, Tensor? page_table, Tensor? cos, Tensor? sin, bool interleaved) -> ()"
+)
+NOT_BUILT = "this build of fastattn has no CUDA kernels: install it with FASTATTN_BUILD_CUDA=1 where nvcc is"
+
+
+def declines(*arguments: Any) -> str | None:
+    on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in arguments)
+    return NOT_BUILT if on_gpu and not native.cuda_architectures() else None
+
+
+def attention_declines(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:
+    widest = max(query.shape[-1], value.shape[-1])
+    if widest > WIDEST:
+        return f"heads of up to {WIDEST} channels, got {widest}"
+    return declines(query)
+
+
+def append(
+    store: cache.KVCache,
+    key: Tensor,
+    value: Tensor,
+    counts: list[int],
+    tables: tuple[Tensor, Tensor, bool] | None,
+) -> None:
+    """KVCache.append after its checks: keys are turned on their way into the cache."""
+    store.take_pages(counts)
+    cos, sin, interleaved = tables or (None, None, False)
+    new = torch.tensor(counts, dtype=torch.int32, device=key.device)
+    torch.ops.fastattn_cuda.cache_append_(
+        store.key,
+        store.value,
+        key,
+        value,
+        store.lengths,
+        new,
+        store.page_table,
+        cos,
+        sin,
+        interleaved,
+    )
+
+
+def emulate(name: str, schema: str) -> None:
+    """Gives fastattn_cuda's operator to the CPU as well: there its kernels run on the model of a GPU."""
+    cuda_host.declare(name, schema)
+    implementation = functools.partial(cuda_host.call, name)
+    torch.library.impl(f"fastattn_cuda::{name}", "CPU", implementation)
+
+
+def bind() -> None:
+    for operator, features in KERNELS:
+        kernel = registry.Kernel(operator.bind("cuda"), features, declines=declines)
+        emulate(f"{operator.name}_fwd", operator.forward_text)
+        emulate(f"{operator.name}_bwd", operator.backward_text)
+        if operator is attention.OPERATOR:
+            kernel = kernel._replace(declines=attention_declines)
+        registry.register(operator.name, "cuda", kernel)
+    losses.bind("cuda", ("CPU", "CUDA"))
+    emulate("cross_entropy_bwd_", losses.IN_PLACE)
+    torch.library.define("fastattn_cuda::cache_append_", CACHE_APPEND)
+    emulate("cache_append_", CACHE_APPEND)
+    registry.register(
+        "cache_append", "cuda", registry.Kernel(append, frozenset(), declines=declines)
+    )
+
+
+bind()
