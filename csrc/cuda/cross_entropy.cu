@@ -63,7 +63,7 @@ FASTATTN_DEVICE void for_logits(const T* row, int64_t V, Body body) {
   const int64_t step = S * N * blockDim.x;
   FASTATTN_ROLLED
   for (int64_t at = 0; at < V; at += step) {
-    const Share<N> here = share_of<N>(V - at);
+    const Share<N> here(V - at);
     float x[S][N];
     load_row(row + at, here, x);
     for_entries<S, N>([&](int s, int e) { x[s][e] = here.holds(s, e) ? x[s][e] : -kInf; });

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   RowJoin join(memory);
   const int64_t row = blockIdx.x * (int64_t)blockDim.y + threadIdx.y;
   if (row >= args.R) return;
-  const Share<N> share = share_of<N>(args.C);
+  const Share<N> share(args.C);
   float z[S][N];
   uint32_t kept;
   norm_input<T>(args, row, 0, share, z, kept);
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   Moments moments;
   FASTATTN_ROLLED
   for (int64_t at = 0; at < C; at += step) {
-    const Share<N> here = share_of<N>(C - at);
+    const Share<N> here(C - at);
     norm_input<T>(args, row, at, here, z, kept);
     store_summed<T>(args, row, at, here, z);
     add_moments(here, args.rms, z, moments);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
   FASTATTN_ROLLED
   for (int64_t at = 0; at < C; at += step) {
-    const Share<N> here = share_of<N>(C - at);
+    const Share<N> here(C - at);
     norm_input<T>(args, row, at, here, z, kept);
     for_entries<S, N>([&](int s, int e) { z[s][e] = (z[s][e] - mean[0] - shift) * rstd; });
     store_output<T>(args, row, at, here, z);
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   constexpr int N = kUnit<T>, S = kNormSteps<T, kColumns>;
   SHARED_MEMORY(memory);
   RowJoin join(memory);
-  const Share<N> share = share_of<N>(args.C);
+  const Share<N> share(args.C);
   const int64_t chunk = blockIdx.x * (int64_t)blockDim.y + threadIdx.y;
   const int64_t end = smaller(args.R, (chunk + 1) * chunk_rows);
   float dweight[kSums ? S : 1][N] = {}, dbias[kSums ? S : 1][N] = {};
@@ -361,13 +361,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int64_t end = args.dy.data == nullptr ? 0 : C;
   FASTATTN_ROLLED
   for (int64_t at = 0; at < end; at += step) {
-    load_both(at, share_of<N>(C - at));
+    load_both(at, Share<N>(C - at));
     add_dots(g, h, sums);
   }
   join(sums, Sum());
   FASTATTN_ROLLED
   for (int64_t at = 0; at < C; at += step) {
-    const Share<N> here = share_of<N>(C - at);
+    const Share<N> here(C - at);
     if (args.dy.data != nullptr) {
       load_both(at, here);
       to_dz(args, sums, stats, h, g);
@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(128, 4) norm_columns_kernel(
   const uint32_t at = blockIdx.x * blockDim.y + threadIdx.y;
   const int64_t chunk = at / pieces, column0 = (int64_t)(at % pieces) * 32 * N;
   if (chunk >= chunks) return;
-  const Share<N> share = share_of<N>(args.C - column0);
+  const Share<N> share(args.C - column0);
   const int64_t end = args.dy.data == nullptr ? 0 : smaller(args.R, (chunk + 1) * chunk_rows);
   float dweight[1][N] = {}, dbias[1][N] = {};
   FASTATTN_ROLLED

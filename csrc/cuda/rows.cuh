@@ -152,16 +152,13 @@ template <int N>
 struct Share {
   int first, stride, left;
 
+  FASTATTN_DEVICE explicit Share(int64_t columns)
+      : first(threadIdx.x * N), stride(blockDim.x * N), left((int)smaller(columns, 1 << 30)) {}
   FASTATTN_DEVICE int column(int s) const { return s * stride + first; }
   FASTATTN_DEVICE int left_at(int s) const { return left - column(s); }
   FASTATTN_DEVICE bool holds(int s, int e) const { return e < left_at(s); }
-  FASTATTN_DEVICE Share later(int columns) const { return {first, stride, left - columns}; }
+  FASTATTN_DEVICE Share with_left(int64_t columns) const { return Share(columns); }
 };
-// Of a row that has `left` columns from there on.
-template <int N>
-FASTATTN_DEVICE Share<N> share_of(int64_t left) {
-  return {(int)threadIdx.x * N, (int)blockDim.x * N, (int)smaller(left, 1 << 30)};
-}
 
 // step(s, e) for every entry that a thread may hold.
 template <int S, int N, class Step>
@@ -227,7 +224,8 @@ FASTATTN_DEVICE void combine_row(
     for (int first = 0; first < S; first += kGroup) {
       const int64_t at = offset + first * share.stride;
       float y[kGroup][N];
-      load_row((const decltype(type)*)data + at, share.later(first * share.stride), y);
+      load_row(
+          (const decltype(type)*)data + at, share.with_left(share.left - first * share.stride), y);
       for_entries<kGroup, N>([&](int s, int e) { apply(x[first + s][e], y[s][e]); });
     }
   });
