@@ -14,7 +14,7 @@ constexpr int kLogits = 16;  // that a thread reads at a time
 
 // N = 1, where rows are no multiple of 16 bytes: neighbouring threads read neighbouring logits.
 template <int N>
-constexpr int kLogitSteps = kLogits / N;
+constexpr int kLogitSteps = N == 1 ? 8 : kLogits / N;
 
 // What is subtracted before exp: the maximum, or 0 where that is infinite, as torch.logsumexp does.
 FASTATTN_DEVICE float shift_of(float most) { return fabsf(most) == kInf ? 0.f : most; }
@@ -60,9 +60,10 @@ struct LogitSums {
 template <class T, int N, class Body>
 FASTATTN_DEVICE void for_logits(const T* row, int64_t V, Body body) {
   constexpr int S = kLogitSteps<N>;
-  const Share<N> share(V);
-  for (int64_t at = 0; at < V; at += S * share.stride) {
-    const Share<N> here = share.with_left(V - at);
+  const int64_t step = S * N * blockDim.x;
+  FASTATTN_ROLLED
+  for (int64_t at = 0; at < V; at += step) {
+    const Share<N> here(V - at);
     float x[S][N];
     load_row(row + at, here, x);
     for_entries<S, N>([&](int s, int e) { x[s][e] = here.holds(s, e) ? x[s][e] : -kInf; });
@@ -71,7 +72,7 @@ FASTATTN_DEVICE void for_logits(const T* row, int64_t V, Body body) {
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     cross_entropy_fwd_kernel(const __grid_constant__ CrossEntropyArgs args) {
   constexpr int S = kLogitSteps<N>;
   SHARED_MEMORY(memory);
@@ -110,7 +111,7 @@ constexpr float kLargeLse = 16.f;
 
 // A thread writes the columns that it has read, so dlogits may be the logits.
 template <class T, int N>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     cross_entropy_bwd_kernel(const __grid_constant__ CrossEntropyArgs args) {
   constexpr int S = kLogitSteps<N>;
   SHARED_MEMORY(memory);

@@ -34,7 +34,16 @@ FASTATTN_DEVICE T load(const T* global) {
 }
 template <class T>
 FASTATTN_DEVICE void store(T* global, T value) {
-  *global = value;
+  if constexpr (sizeof(T) == 16) {
+    // a struct of 16 bytes may become four stores
+    uint32_t word[4];
+    memcpy(word, &value, 16);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+                 "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
+  } else {
+    *global = value;
+  }
 }
 template <class T>
 FASTATTN_DEVICE T load_shared(const T* shared) {

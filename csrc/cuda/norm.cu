@@ -48,6 +48,10 @@ FASTATTN_DEVICE void drop(const NormArgs& args, uint32_t kept, float (&x)[S][N])
       [&](int s, int e) { x[s][e] = kept >> (s * N + e) & 1 ? x[s][e] * args.keep_scale : 0.f; });
 }
 
+struct Add {
+  FASTATTN_DEVICE void operator()(float& to, float x) const { to += x; }
+};
+
 // z of a share of a row, 0 outside; kept: what dropout left of it.
 template <class T, int S, int N>
 FASTATTN_DEVICE void norm_input(
@@ -58,22 +62,20 @@ FASTATTN_DEVICE void norm_input(
     kept = kept_entries<S>(args, row, column0, share);
     drop(args, kept, z);
   }
-  if (args.residual.data == nullptr) return;
-  float residual[S][N];
-  load_row<T>(
-      args.residual_dtype, args.residual.data, args.residual.offset(row) + column0, share,
-      residual);
-  for_entries<S, N>([&](int s, int e) { z[s][e] += residual[s][e]; });
+  if (args.residual.data != nullptr)
+    combine_row<T>(
+        args.residual_dtype, args.residual.data, args.residual.offset(row) + column0, share, z,
+        Add());
 }
 
 template <class T, int S, int N>
 FASTATTN_DEVICE void scale_by_weight(
     const NormArgs& args, int64_t column0, const Share<N>& share, float (&x)[S][N]) {
   if (args.weight.data == nullptr) return;
-  float weight[S][N];
-  load_row<T>(args.weight.dtype, args.weight.data, column0, share, weight);
-  for_entries<S, N>(
-      [&](int s, int e) { x[s][e] = product(x[s][e], weight[s][e] + args.weight_offset); });
+  const auto scale = [&](float& to, float weight) {
+    to = product(to, weight + args.weight_offset);
+  };
+  combine_row<T>(args.weight.dtype, args.weight.data, column0, share, x, scale);
 }
 
 // y = h * w + bias
@@ -81,11 +83,8 @@ template <class T, int S, int N>
 FASTATTN_DEVICE void store_output(
     const NormArgs& args, int64_t row, int64_t column0, const Share<N>& share, float (&h)[S][N]) {
   scale_by_weight<T>(args, column0, share, h);
-  if (args.bias.data != nullptr) {
-    float bias[S][N];
-    load_row<T>(args.bias.dtype, args.bias.data, column0, share, bias);
-    for_entries<S, N>([&](int s, int e) { h[s][e] += bias[s][e]; });
-  }
+  if (args.bias.data != nullptr)
+    combine_row<T>(args.bias.dtype, args.bias.data, column0, share, h, Add());
   store_row(row_of<T>(args.y, row) + column0, share, h);
 }
 
@@ -132,7 +131,7 @@ FASTATTN_DEVICE void subtract(const Share<N>& share, float from, float (&z)[S][N
 
 // The second sum of a mean is what rounding left in the first: at a mean of 1e4 that is up to 1e-3.
 template <class T>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     norm_fwd_kernel(const __grid_constant__ NormArgs args) {
   constexpr int N = kUnit<T>, S = kNormSteps<T, kMany>;
   SHARED_MEMORY(memory);
@@ -192,19 +191,19 @@ FASTATTN_DEVICE void add_moments(
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     norm_fwd_long_kernel(const __grid_constant__ NormArgs args) {
   constexpr int N = kUnit<T>, S = kNormSteps<T, kMany>;
   SHARED_MEMORY(memory);
   RowJoin join(memory);
   const int64_t row = blockIdx.x, C = args.C;
-  const Share<N> share(C);
-  const int64_t step = S * share.stride;
+  const int64_t step = S * N * blockDim.x;
   float z[S][N];
   uint32_t kept;
   Moments moments;
+  FASTATTN_ROLLED
   for (int64_t at = 0; at < C; at += step) {
-    const Share<N> here = share.with_left(C - at);
+    const Share<N> here(C - at);
     norm_input<T>(args, row, at, here, z, kept);
     store_summed<T>(args, row, at, here, z);
     add_moments(here, args.rms, z, moments);
@@ -220,8 +219,9 @@ __global__ void __launch_bounds__(kMostThreads)
     if (!args.rms) store(args.mean + row, mean[0] + shift);
     store(args.rstd + row, rstd);
   }
+  FASTATTN_ROLLED
   for (int64_t at = 0; at < C; at += step) {
-    const Share<N> here = share.with_left(C - at);
+    const Share<N> here(C - at);
     norm_input<T>(args, row, at, here, z, kept);
     for_entries<S, N>([&](int s, int e) { z[s][e] = (z[s][e] - mean[0] - shift) * rstd; });
     store_output<T>(args, row, at, here, z);
@@ -287,12 +287,10 @@ template <class T, int S, int N>
 FASTATTN_DEVICE void store_gradients(
     const NormArgs& args, int64_t row, int64_t column0, const Share<N>& share, uint32_t kept,
     float (&dz)[S][N]) {
-  if (args.dsummed.data != nullptr) {
-    float dsummed[S][N];
-    load_row<T>(
-        args.residual_dtype, args.dsummed.data, args.dsummed.offset(row) + column0, share, dsummed);
-    for_entries<S, N>([&](int s, int e) { dz[s][e] += dsummed[s][e]; });
-  }
+  if (args.dsummed.data != nullptr)
+    combine_row<T>(
+        args.residual_dtype, args.dsummed.data, args.dsummed.offset(row) + column0, share, dz,
+        Add());
   if (args.dresidual.data != nullptr)
     store_row<T>(
         args.residual_dtype, args.dresidual.data, args.dresidual.offset(row) + column0, share, dz);
@@ -304,7 +302,7 @@ FASTATTN_DEVICE void store_gradients(
 // The rows of a chunk, one after another; partials (chunks, 2, C) get their sums for dweight and
 // dbias.
 template <class T, int kColumns, bool kSums>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     norm_bwd_kernel(const __grid_constant__ NormArgs args, float* partials, int64_t chunk_rows) {
   constexpr int N = kUnit<T>, S = kNormSteps<T, kColumns>;
   SHARED_MEMORY(memory);
@@ -314,6 +312,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const int64_t end = smaller(args.R, (chunk + 1) * chunk_rows);
   float dweight[kSums ? S : 1][N] = {}, dbias[kSums ? S : 1][N] = {};
   if (chunk * chunk_rows >= end) return;
+  FASTATTN_ROLLED
   for (int64_t row = chunk * chunk_rows; row < end; ++row) {
     float h[S][N], g[S][N] = {};
     uint32_t kept = 0;
@@ -337,20 +336,20 @@ __global__ void __launch_bounds__(kMostThreads)
     store_gradients<T>(args, row, 0, share, kept, g);
   }
   if constexpr (kSums) {
+    if (partials == nullptr) return;  // nobody wants them
     store_row(partials + 2 * chunk * args.C, share, dweight);
     store_row(partials + (2 * chunk + 1) * args.C, share, dbias);
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     norm_bwd_long_kernel(const __grid_constant__ NormArgs args) {
   constexpr int N = kUnit<T>, S = kNormSteps<T, kFew>;
   SHARED_MEMORY(memory);
   RowJoin join(memory);
   const int64_t row = blockIdx.x, C = args.C;
-  const Share<N> share(C);
-  const int64_t step = S * share.stride;
+  const int64_t step = S * N * blockDim.x;
   const NormStats stats = load_stats(args, row);
   float h[S][N], g[S][N] = {}, sums[2] = {};
   uint32_t kept;
@@ -359,14 +358,16 @@ __global__ void __launch_bounds__(kMostThreads)
     load_row(row_of<T>(args.dy, row) + at, here, g);
     scale_by_weight<T>(args, at, here, g);
   };
-  if (args.dy.data != nullptr)
-    for (int64_t at = 0; at < C; at += step) {
-      load_both(at, share.with_left(C - at));
-      add_dots(g, h, sums);
-    }
+  const int64_t end = args.dy.data == nullptr ? 0 : C;
+  FASTATTN_ROLLED
+  for (int64_t at = 0; at < end; at += step) {
+    load_both(at, Share<N>(C - at));
+    add_dots(g, h, sums);
+  }
   join(sums, Sum());
+  FASTATTN_ROLLED
   for (int64_t at = 0; at < C; at += step) {
-    const Share<N> here = share.with_left(C - at);
+    const Share<N> here(C - at);
     if (args.dy.data != nullptr) {
       load_both(at, here);
       to_dz(args, sums, stats, h, g);
@@ -380,27 +381,27 @@ __global__ void __launch_bounds__(kMostThreads)
 
 // The sums over rows of a chunk, 32 threads' columns of them: warp by warp another piece or chunk.
 template <class T>
-__global__ void __launch_bounds__(128) norm_columns_kernel(
+__global__ void __launch_bounds__(128, 4) norm_columns_kernel(
     const __grid_constant__ NormArgs args, float* partials, int64_t chunk_rows, uint32_t pieces,
     int64_t chunks) {
   constexpr int N = kUnit<T>;
   const uint32_t at = blockIdx.x * blockDim.y + threadIdx.y;
   const int64_t chunk = at / pieces, column0 = (int64_t)(at % pieces) * 32 * N;
   if (chunk >= chunks) return;
-  const Share<N> share = Share<N>(args.C).with_left(args.C - column0);
-  const int64_t end = smaller(args.R, (chunk + 1) * chunk_rows);
+  const Share<N> share(args.C - column0);
+  const int64_t end = args.dy.data == nullptr ? 0 : smaller(args.R, (chunk + 1) * chunk_rows);
   float dweight[1][N] = {}, dbias[1][N] = {};
-  if (args.dy.data != nullptr)
-    for (int64_t row = chunk * chunk_rows; row < end; ++row) {
-      float h[1][N], dy[1][N];
-      uint32_t kept;
-      normalised<T>(args, row, column0, share, load_stats(args, row), h, kept);
-      load_row(row_of<T>(args.dy, row) + column0, share, dy);
-      for_entries<1, N>([&](int s, int e) {
-        dweight[s][e] = fmaf(dy[s][e], h[s][e], dweight[s][e]);
-        dbias[s][e] += dy[s][e];
-      });
-    }
+  FASTATTN_ROLLED
+  for (int64_t row = chunk * chunk_rows; row < end; ++row) {
+    float h[1][N], dy[1][N];
+    uint32_t kept;
+    normalised<T>(args, row, column0, share, load_stats(args, row), h, kept);
+    load_row(row_of<T>(args.dy, row) + column0, share, dy);
+    for_entries<1, N>([&](int s, int e) {
+      dweight[s][e] = fmaf(dy[s][e], h[s][e], dweight[s][e]);
+      dbias[s][e] += dy[s][e];
+    });
+  }
   store_row(partials + 2 * chunk * args.C + column0, share, dweight);
   store_row(partials + (2 * chunk + 1) * args.C + column0, share, dbias);
 }

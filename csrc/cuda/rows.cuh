@@ -146,23 +146,18 @@ inline dim3 row_block(int64_t C, int64_t columns) {
   return warps == 1 ? dim3(32, kRowsOfWarps) : dim3((unsigned)(32 * warps));
 }
 
-// The columns of one thread: entry e of step s is column s * stride + first + e.
+// The columns of one thread, from some column of a row on: entry e of step s is s * stride + first
+// + e columns further, and is there if that is less than `left`.
 template <int N>
 struct Share {
-  int first, stride;
-  int left;  // columns from here to the end of the row
+  int first, stride, left;
 
-  FASTATTN_DEVICE explicit Share(int64_t C)
-      : first(threadIdx.x * N), stride(blockDim.x * N), left((int)smaller(C, 1 << 30)) {}
+  FASTATTN_DEVICE explicit Share(int64_t columns)
+      : first(threadIdx.x * N), stride(blockDim.x * N), left((int)smaller(columns, 1 << 30)) {}
   FASTATTN_DEVICE int column(int s) const { return s * stride + first; }
   FASTATTN_DEVICE int left_at(int s) const { return left - column(s); }
   FASTATTN_DEVICE bool holds(int s, int e) const { return e < left_at(s); }
-  // The same at a later place of the row.
-  FASTATTN_DEVICE Share with_left(int64_t columns) const {
-    Share share = *this;
-    share.left = (int)smaller(columns, 1 << 30);
-    return share;
-  }
+  FASTATTN_DEVICE Share with_left(int64_t columns) const { return Share(columns); }
 };
 
 // step(s, e) for every entry that a thread may hold.
@@ -217,13 +212,25 @@ FASTATTN_DEVICE void store_row(T* row, const Share<N>& share, const float (&x)[S
   }
 }
 
-// The same of memory that holds fp32 or T, `offset` entries on.
-template <class T, int S, int N>
-FASTATTN_DEVICE void load_row(
-    Dtype dtype, const void* data, int64_t offset, const Share<N>& share, float (&out)[S][N]) {
-  with_type<T>(
-      dtype, [&](auto type) { load_row<S, N>((const decltype(type)*)data + offset, share, out); });
+// apply(x[s][e], y) for a thread's entries y of memory that holds fp32 or T, `offset` entries on:
+// 16 columns at a time, for the registers' sake.
+template <class T, int S, int N, class Apply>
+FASTATTN_DEVICE void combine_row(
+    Dtype dtype, const void* data, int64_t offset, const Share<N>& share, float (&x)[S][N],
+    Apply apply) {
+  constexpr int kGroup = S * N > 16 ? 16 / N : S;
+  with_type<T>(dtype, [&](auto type) {
+    FASTATTN_UNROLL
+    for (int first = 0; first < S; first += kGroup) {
+      const int64_t at = offset + first * share.stride;
+      float y[kGroup][N];
+      load_row(
+          (const decltype(type)*)data + at, share.with_left(share.left - first * share.stride), y);
+      for_entries<kGroup, N>([&](int s, int e) { apply(x[first + s][e], y[s][e]); });
+    }
+  });
 }
+// Stores to memory that holds fp32 or T, `offset` entries on.
 template <class T, int S, int N>
 FASTATTN_DEVICE void store_row(
     Dtype dtype, const void* data, int64_t offset, const Share<N>& share, const float (&x)[S][N]) {

@@ -18,7 +18,7 @@ static GeluArgs gelu_args(const Tensor& x, const OptionalTensor& bias, bool tanh
 Tensor gelu_fwd(const Tensor& x_any, const OptionalTensor& bias_any, bool tanh) {
   const OnDevice on(x_any);
   const Tensor x = with_contiguous_rows(x_any);
-  const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
+  const OptionalTensor bias = with_contiguous_rows(beside(x_any, bias_any));
   Tensor y = torch::stable::new_empty(x, x.sizes());
   GeluArgs args = gelu_args(x, bias, tanh);
   args.y = result_map(y);
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> gelu_bwd(
     int64_t needs) {
   const OnDevice on(x_any);
   const Tensor dy = with_contiguous_rows(dy_any), x = with_contiguous_rows(x_any);
-  const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
+  const OptionalTensor bias = with_contiguous_rows(beside(x_any, bias_any));
   GeluArgs args = gelu_args(x, bias, tanh);
   ResultLike dx(x_any, true, x);
   Tensor dbias = torch::stable::new_empty(x, {0});

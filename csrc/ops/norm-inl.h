@@ -36,9 +36,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(
     double weight_offset, double dropout_p, bool return_residual) {
   const OnDevice on(x_any);
   const Tensor x = with_contiguous_rows(x_any);
-  const OptionalTensor residual = with_contiguous_rows(without_float64(residual_any));
-  const OptionalTensor weight = with_contiguous_rows(without_float64(weight_any));
-  const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
+  const OptionalTensor residual = with_contiguous_rows(beside(x_any, residual_any));
+  const OptionalTensor weight = with_contiguous_rows(beside(x_any, weight_any));
+  const OptionalTensor bias = with_contiguous_rows(beside(x_any, bias_any));
   NormArgs args = norm_args(x, residual, weight, bias, philox, rms, eps, weight_offset, dropout_p);
 
   const auto leading = x.sizes().slice(0, x.dim() - 1);
@@ -64,12 +64,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     bool return_residual, int64_t needs) {
   const OnDevice on(x_any);
   const Tensor x = with_contiguous_rows(x_any);
-  const OptionalTensor residual = with_contiguous_rows(without_float64(residual_any));
-  const OptionalTensor weight = with_contiguous_rows(without_float64(weight_any));
-  const OptionalTensor bias = with_contiguous_rows(without_float64(bias_any));
+  const OptionalTensor residual = with_contiguous_rows(beside(x_any, residual_any));
+  const OptionalTensor weight = with_contiguous_rows(beside(x_any, weight_any));
+  const OptionalTensor bias = with_contiguous_rows(beside(x_any, bias_any));
   const OptionalTensor dy = with_contiguous_rows(dy_any);
   const OptionalTensor dsummed =
-      return_residual ? with_contiguous_rows(without_float64(dsummed_any)) : OptionalTensor();
+      return_residual ? with_contiguous_rows(beside(x_any, dsummed_any)) : OptionalTensor();
   const Tensor mean = torch::stable::contiguous(mean_any);
   const Tensor rstd = torch::stable::contiguous(rstd_any);
   NormArgs args = norm_args(x, residual, weight, bias, philox, rms, eps, weight_offset, dropout_p);
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
   args.dy = row_map(dy);
   args.dsummed = row_map(dsummed);
 
-  ResultLike dx(x_any, needs & 1, x), dresidual(without_float64(residual_any), needs & 2, x);
+  ResultLike dx(x_any, needs & 1, x), dresidual(beside(x_any, residual_any), needs & 2, x);
   ResultLike dweight(weight, needs & 4, x), dbias(bias, needs & 8, x);
   args.dx = dx.map();
   args.dresidual = dresidual.map();

@@ -38,6 +38,12 @@ inline OptionalTensor without_float64(const OptionalTensor& x) {
   const bool wide = x && x->scalar_type() == ScalarType::Double;
   return wide ? OptionalTensor(torch::stable::to(*x, ScalarType::Float)) : x;
 }
+// Kernels of rows read it in fp32 or in x's dtype: a fp32 copy of anything else.
+inline OptionalTensor beside(const Tensor& x, const OptionalTensor& side) {
+  const bool known =
+      !side || side->scalar_type() == ScalarType::Float || side->scalar_type() == x.scalar_type();
+  return known ? side : OptionalTensor(torch::stable::to(*side, ScalarType::Float));
+}
 // The gradient of such an input, in its own dtype.
 inline Tensor in_dtype_of(const OptionalTensor& x, const Tensor& gradient) {
   return x ? torch::stable::to(gradient, x->scalar_type()) : gradient;
