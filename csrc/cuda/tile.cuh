@@ -286,27 +286,36 @@ FASTATTN_DEVICE void add_product(
   }
 }
 
+template <int COLS, int M>
+FASTATTN_DEVICE void add_row(
+    Share<M, COLS / 8>& out, const float (&weights)[2 * M], Tile<float, COLS> tile, int row) {
+#pragma unroll
+  for (int n = 0; n < COLS / 8; ++n) {
+    const int col = col_of(n, 0);
+    const Float2 x =
+        load_shared(reinterpret_cast<const Float2*>(tile.chunk(row, col / 4) + col % 4));
+#pragma unroll
+    for (int r = 0; r < 2 * M; ++r) {
+      out.at(r, n, 0) = fmaf(weights[r], x.x, out.at(r, n, 0));
+      out.at(r, n, 1) = fmaf(weights[r], x.y, out.at(r, n, 1));
+    }
+  }
+}
 template <int COLS, int M, int N>
 FASTATTN_DEVICE void add_product(
     Share<M, COLS / 8>& out, Share<M, N>& weights, Tile<float, COLS> tile) {
 #pragma unroll
-  for (int k = 0; k < 8 * N; ++k) {
-    float a[2 * M];  // a weight is held by one lane of its row's four
+  for (int j = 0; j < N; ++j)
+#pragma unroll 1  // unrolled, loads far ahead would take all registers
+    for (int holder = 0; holder < 4; ++holder)
 #pragma unroll
-    for (int r = 0; r < 2 * M; ++r)
-      a[r] = shuffle(weights.at(r, k / 8, k % 2), lane_index() / 4 * 4 + k % 8 / 2);
+      for (int c = 0; c < 2; ++c) {
+        float a[2 * M];  // a weight is held by one lane of its row's four
 #pragma unroll
-    for (int n = 0; n < COLS / 8; ++n) {
-      const int col = col_of(n, 0);
-      const Float2 b =
-          load_shared(reinterpret_cast<const Float2*>(tile.chunk(k, col / 4) + col % 4));
-#pragma unroll
-      for (int r = 0; r < 2 * M; ++r) {
-        out.at(r, n, 0) = fmaf(a[r], b.x, out.at(r, n, 0));
-        out.at(r, n, 1) = fmaf(a[r], b.y, out.at(r, n, 1));
+        for (int r = 0; r < 2 * M; ++r)
+          a[r] = shuffle(weights.at(r, j, c), lane_index() / 4 * 4 + holder);
+        add_row(out, a, tile, 8 * j + 2 * holder + c);
       }
-    }
-  }
 }
 
 }  // namespace fastattn::cuda
