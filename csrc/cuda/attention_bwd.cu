@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
 
   const int warp_row = 16 * warp_index(), key = first + warp_row;
   const PhiloxKey philox = PLAIN ? PhiloxKey{} : philox_of(args);
-  const Unit unit = unit_of<PLAIN>(args);
+  const Unit unit = unit_of(args, !PLAIN && call.modified);
   const InShared<T, COLS, 1> key_rows{keys, warp_row}, value_rows{values, warp_row};
   Share<1, COLS / 8> dkey, dvalue;
 
@@ -141,12 +141,12 @@ __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
     Share<1, kWalked / 8> scores, dweights, slope;
     dot_rows(scores, key_rows, tiles.queries);
     if (kDkey) dot_rows(dweights, value_rows, tiles.douts);
-    if (!PLAIN) modify(scores, args, s, place, kDkey ? &slope : nullptr);
+    if (!PLAIN && call.modified) modify(scores, args, s, place, kDkey ? &slope : nullptr);
     if (visit >= walk.wholes() || !whole)
       hide(
           scores, [&](int r) { return seeing(args, s, key + row_of(r)); },
           [&](int n, int c) { return query + col_of(n, c); });
-    grade<T, PLAIN>(scores, dweights, args, philox, s, unit, place, [&](int, int n, int c) {
+    grade<T, PLAIN, true>(scores, dweights, args, philox, s, unit, place, [&](int, int n, int c) {
       return load_shared(tiles.stats + col_of(n, c));
     });
     if (kDkey && !PLAIN && args.softcap > 0)
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
 
   const int warp_row = 16 * warp_index(), query = first + warp_row;
   const PhiloxKey philox = PLAIN ? PhiloxKey{} : philox_of(args);
-  const Unit unit = unit_of<PLAIN>(args);
+  const Unit unit = unit_of(args, !PLAIN && call.modified);
   const InShared<T, COLS, 1> query_rows{queries, warp_row}, dout_rows{douts, warp_row};
   Share<1, COLS / 8> dquery;
   RowStats stats[2] = {};
@@ -259,12 +259,12 @@ __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
     Share<1, kWalked / 8> scores, dweights, slope;
     dot_rows(scores, query_rows, keys);
     dot_rows(dweights, dout_rows, values);
-    if (!PLAIN) modify(scores, args, s, place, &slope);
+    if (!PLAIN && call.modified) modify(scores, args, s, place, &slope);
     if (visit >= walk.wholes())
       hide(
           scores, [&](int r) { return visible(args, s, query + row_of(r)); },
           [&](int n, int c) { return key + col_of(n, c); });
-    grade<T, PLAIN>(
+    grade<T, PLAIN, false>(
         scores, dweights, args, philox, s, unit, place, [&](int r, int, int) { return stats[r]; });
     if (!PLAIN && call.slope_shares != nullptr)
       for_each(dweights, [&](int r, int n, int c, float& x) {
@@ -342,6 +342,7 @@ static AttentionBackward attention_backward(
       grads,
       nullptr,
       nullptr,
+      is_modified(args),
       of_queries(args.query),
       of_keys(args.key),
       of_keys(args.value),
@@ -352,8 +353,8 @@ static AttentionBackward attention_backward(
 }
 
 static bool is_plain(const AttentionBackward& call) {
-  return !is_featured(call.args) && call.args.paging.table == nullptr && call.query_aligned &&
-         call.key_aligned && call.value_aligned && call.dout_aligned;
+  return !call.modified && !call.args.dropout && call.args.paging.table == nullptr &&
+         call.query_aligned && call.key_aligned && call.value_aligned && call.dout_aligned;
 }
 
 template <class T, int COLS, bool PLAIN, Wanted WANTED>

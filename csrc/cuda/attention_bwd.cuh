@@ -21,6 +21,7 @@ struct AttentionBackward {
   AttentionGradients grads;
   RowStats* stats;       // laid out as lse
   double* slope_shares;  // (blocks of queries, B, Hq), or null
+  bool modified;         // scores are more than scaled products
   bool query_aligned, key_aligned, value_aligned, dout_aligned;
   bool dquery_aligned, dkey_aligned, dvalue_aligned;
 };
@@ -57,19 +58,23 @@ FASTATTN_DEVICE void copy_queries(
 }
 
 // Scores and dO V^T become dropout(P) and dS. stats(r, n, c): of the query of an entry.
-template <class T, bool PLAIN, int M, int N, class At, class Stats>
+template <class T, bool PLAIN, bool KEYS_IN_ROWS, int M, int N, class At, class Stats>
 FASTATTN_DEVICE void grade(
     Share<M, N>& scores, Share<M, N>& dweights, const AttentionArgs& args, const PhiloxKey& philox,
     const Sequence& s, Unit unit, const At& place, const Stats& stats) {
-  for_each(scores, [&](int r, int n, int c, float& x) {
+  const auto grade_entry = [&](int r, int n, int c, float factor) {
+    float &x = scores.at(r, n, c), &d = dweights.at(r, n, c);
     const RowStats row = stats(r, n, c);
     const float weight = exp2_fast(exponent<T>(x, unit, row.lse) - row.lse_low);
-    float factor = 1.f;
-    if (!PLAIN && args.dropout) factor = kept(args, philox, s, place(r, n, c));
-    float& d = dweights.at(r, n, c);
     d = weight * (d * factor - row.delta);
     x = weight * factor;
-  });
+  };
+  if (PLAIN || !args.dropout)
+    for_each(scores, [&](int r, int n, int c, float&) { grade_entry(r, n, c, 1.f); });
+  else if (KEYS_IN_ROWS)
+    for_each_factor_by_column<M, N>(args, philox, s, place, grade_entry);
+  else
+    for_each_factor_by_row<M, N>(args, philox, s, place, grade_entry);
 }
 
 }  // namespace fastattn::cuda

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
       keys{douts.data + Shape::kHeldTile}, values{keys.data + Shape::kWalkedTile};
   const int warp_row = 16 * warp_index();
   const PhiloxKey philox = philox_of(args);
-  const Unit unit = unit_of<false>(args);
+  const Unit unit = unit_of(args, call.modified);
   const InShared<T, COLS, 1> query_rows{queries, warp_row}, dout_rows{douts, warp_row};
   Carried sums[2][kWalked / 8][2];
 
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
           return i < s.Sq ? visible(args, s, i) : Range{0, 0};
         },
         [&](int n, int c) { return key + col_of(n, c); });
-    grade<T, false>(
+    grade<T, false, false>(
         scores, dweights, args, philox, s, unit, place, [&](int r, int, int) { return stats[r]; });
     for_each(dweights, [&](int r, int n, int c, float& x) { sums[r][n][c].add(x); });
   };

@@ -16,8 +16,8 @@ static void launch_fwd(const AttentionForward& call) {
 }
 
 static bool is_plain(const AttentionForward& call) {
-  return !is_featured(call.args) && call.args.paging.table == nullptr && call.query_aligned &&
-         call.key_aligned && call.value_aligned;
+  return !call.modified && !call.args.dropout && call.args.paging.table == nullptr &&
+         call.query_aligned && call.key_aligned && call.value_aligned;
 }
 
 // The plain form is worth its compile time where the products are fast.

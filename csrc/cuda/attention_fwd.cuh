@@ -23,6 +23,7 @@ struct alignas(8) PartStats {
 // A call as its kernels get it.
 struct AttentionForward {
   AttentionArgs args;
+  bool modified;  // scores are more than scaled products
   bool query_aligned, key_aligned, value_aligned, out_aligned;
   int together;      // heads whose rows stand together, all of one key/value head
   int split_keys;    // keys of a block; 0: all
@@ -42,6 +43,7 @@ template <class T>
 AttentionForward attention_forward(const AttentionArgs& args) {
   AttentionForward call{};
   call.args = args;
+  call.modified = is_modified(args);
   call.query_aligned = is_aligned<T>(args.query, args.B, args.Hq, args.Sq);
   call.key_aligned = is_aligned<T>(args.key, args.B, args.Hkv, args.Sk);
   call.value_aligned = is_aligned<T>(args.value, args.B, args.Hkv, args.Sk);
@@ -59,8 +61,9 @@ struct ForwardShape {
   static constexpr int kBytes = kRowBytes<T, COLS>;
   static constexpr int M = !kFew && PLAIN && kBytes <= 128 ? 2 : 1;
   static constexpr int kRows = 16 * M * WARPS;
-  static constexpr int kKeys = smaller_of(32, 8192 / kBytes);
-  static constexpr int kStages = 3;
+  static constexpr bool kHasPlain = !kFew && kBytes <= 256 && sizeof(T) == 2;
+  static constexpr int kKeys = kHasPlain ? 64 : smaller_of(32, 8192 / kBytes);
+  static constexpr int kStages = kHasPlain && kBytes == 256 ? 2 : 3;
   static constexpr bool kInRegisters = sizeof(T) == 2 && M == 1 && COLS <= (PLAIN ? 128 : 64);
   static constexpr int kShared = kBytes * (kRows + 2 * kStages * kKeys);
 };
@@ -240,7 +243,7 @@ __global__ void __launch_bounds__(32 * WARPS)
   for (int r = 0; r < 2 * M; ++r)
     rows[r] = query_row(s, first_head, together, first_row + warp_row + row_of(r));
   const PhiloxKey philox = PLAIN ? PhiloxKey{} : philox_of(args);
-  const Unit unit = unit_of<PLAIN>(args);
+  const Unit unit = unit_of(args, !PLAIN && call.modified);
   Softmax<M, COLS> state;
 
   wait_copies<kStages - 1>();
@@ -257,16 +260,16 @@ __global__ void __launch_bounds__(32 * WARPS)
     };
     Share<M, kKeys / 8> scores;
     dot_rows(scores, left, keys);
-    if (!PLAIN) modify(scores, args, s, place);
+    if (!PLAIN && call.modified) modify(scores, args, s, place);
     if (masked)
       hide(
           scores, [&](int r) { return visible(args, s, rows[r].query); },
           [&](int n, int c) { return key + col_of(n, c); });
     soften<T>(scores, unit, state);
     if (!PLAIN && args.dropout)
-      for_each(scores, [&](int r, int n, int c, float& x) {
-        x *= kept(args, philox, s, place(r, n, c));
-      });
+      for_each_factor_by_row<M, kKeys / 8>(
+          args, philox, s, place,
+          [&](int r, int n, int c, float factor) { scores.at(r, n, c) *= factor; });
     add_product(state.out, scores, values);
   };
   const auto visit_tiles = [&](int begin, int end, auto masked) {

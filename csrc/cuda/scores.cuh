@@ -125,9 +125,8 @@ FASTATTN_DEVICE void hide(Share<M, N>& scores, const Seen& seen, const At& at) {
 struct Unit {
   float high, low;
 };
-template <bool PLAIN>
-FASTATTN_DEVICE Unit unit_of(const AttentionArgs& args) {
-  if (!PLAIN) return {kLog2e, kLog2eLow};
+FASTATTN_DEVICE Unit unit_of(const AttentionArgs& args, bool modified) {
+  if (modified) return {kLog2e, kLog2eLow};
   const float high = args.scale * kLog2e;
   return {high, fmaf(args.scale, kLog2e, -high) + args.scale * kLog2eLow};
 }
@@ -148,10 +147,11 @@ struct Place {
   bool inside;
 };
 
-// Whether a call needs more than products and positions.
-inline bool is_featured(const AttentionArgs& args) {
+// Whether scores are more than scaled products. (With a scale of 0 or less the largest product is
+// not the largest score, so that maximum and scale do not change places.)
+inline bool is_modified(const AttentionArgs& args) {
   return args.bias.data != nullptr || args.mask.data != nullptr ||
-         args.alibi_slopes.data != nullptr || args.softcap > 0 || args.dropout || !(args.scale > 0);
+         args.alibi_slopes.data != nullptr || args.softcap > 0 || !(args.scale > 0);
 }
 
 FASTATTN_DEVICE int64_t offset(const Scores& x, const Sequence& s, const Place& p) {
@@ -199,21 +199,75 @@ FASTATTN_DEVICE void modify(
     });
 }
 
-// What dropout multiplies a weight by: keep_scale, or 0.
-FASTATTN_DEVICE float kept(
-    const AttentionArgs& args, const PhiloxKey& philox, const Sequence& s, const Place& p) {
-  const uint32_t plane = static_cast<uint32_t>(s.b * args.Hq + p.head);
-  const PhiloxWords four = philox4x32(
-      static_cast<uint32_t>(p.key / 4), static_cast<uint32_t>(p.query), plane, philox.offset,
-      philox.seed);
-  const uint32_t low = p.key % 2 == 0 ? four.word[0] : four.word[1];
-  const uint32_t high = p.key % 2 == 0 ? four.word[2] : four.word[3];
-  return (p.key % 4 < 2 ? low : high) >= args.drop_below ? args.keep_scale : 0.f;
-}
+// ---- dropout: what weights are multiplied by, keep_scale or 0
+// -------------------------------------
 
 FASTATTN_DEVICE PhiloxKey philox_of(const AttentionArgs& args) {
   if (!args.dropout) return {};
   return {static_cast<uint64_t>(load(args.philox)), static_cast<uint32_t>(load(args.philox + 1))};
+}
+
+// The words of the four keys that an entry's is one of.
+FASTATTN_DEVICE PhiloxWords
+words_of(const AttentionArgs& args, const PhiloxKey& philox, const Sequence& s, const Place& p) {
+  const uint32_t plane = static_cast<uint32_t>(s.b * args.Hq + p.head);
+  return philox4x32(
+      static_cast<uint32_t>(p.key / 4), static_cast<uint32_t>(p.query), plane, philox.offset,
+      philox.seed);
+}
+FASTATTN_DEVICE uint32_t pick(const uint32_t (&x)[4], int i) {
+  const uint32_t low = i % 2 == 0 ? x[0] : x[1], high = i % 2 == 0 ? x[2] : x[3];
+  return i < 2 ? low : high;
+}
+FASTATTN_DEVICE float factor_of(const AttentionArgs& args, uint32_t word) {
+  return word >= args.drop_below ? args.keep_scale : 0.f;
+}
+
+// function(r, n, c, factor) for the entries of a share with keys in columns. Two neighbouring lanes
+// hold the keys of four words: in a pair of n, each computes those of one and hands half over.
+template <int M, int N, class At, class Function>
+FASTATTN_DEVICE void for_each_factor_by_row(
+    const AttentionArgs& args, const PhiloxKey& philox, const Sequence& s, const At& place,
+    const Function& function) {
+  const bool odd = lane_index() % 2 == 1;
+#pragma unroll
+  for (int n = 0; n < N; n += 2)
+#pragma unroll
+    for (int r = 0; r < 2 * M; ++r) {
+      const PhiloxWords four = words_of(args, philox, s, place(r, odd ? n + 1 : n, 0));
+      const uint32_t mine[2] = {
+          odd ? four.word[2] : four.word[0], odd ? four.word[3] : four.word[1]};
+      const uint32_t theirs[2] = {
+          shuffle_xor(odd ? four.word[0] : four.word[2], 1),
+          shuffle_xor(odd ? four.word[1] : four.word[3], 1)};
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        function(r, n, c, factor_of(args, odd ? theirs[c] : mine[c]));
+        if (n + 1 < N) function(r, n + 1, c, factor_of(args, odd ? mine[c] : theirs[c]));
+      }
+    }
+}
+
+// The same with keys in rows. Four lanes hold the keys of four words, and four entries each in a
+// square of queries and rows: each computes the words of one entry, for the keys of all.
+template <int M, int N, class At, class Function>
+FASTATTN_DEVICE void for_each_factor_by_column(
+    const AttentionArgs& args, const PhiloxKey& philox, const Sequence& s, const At& place,
+    const Function& function) {
+  const int lane = lane_index() / 4 % 4;  // of the four
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const PhiloxWords four = words_of(args, philox, s, place(2 * m + lane / 2, n, lane % 2));
+      uint32_t got[4];
+#pragma unroll
+      for (int step = 0; step < 4; ++step)
+        got[step] = shuffle_xor(pick(four.word, lane ^ step), 4 * step);
+#pragma unroll
+      for (int entry = 0; entry < 4; ++entry)
+        function(2 * m + entry / 2, n, entry % 2, factor_of(args, pick(got, lane ^ entry)));
+    }
 }
 
 // ---- rows of tensors ----------------------------------------------------------------------------

@@ -75,6 +75,22 @@ struct Tile {
   }
 };
 
+// Of a lane: the chunks 2 k + odd of the row `rows` below its own, where rows is a multiple of
+// eight. Four addresses serve them all, what rows and k add being constants.
+template <class T, int COLS>
+struct Cursor {
+  using Cut = Tile<T, COLS>;
+  const T* at[4];
+
+  FASTATTN_DEVICE Cursor(Cut tile, int row, int odd) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) at[k] = tile.chunk(row, 2 * k + odd);
+  }
+  FASTATTN_DEVICE const T* chunk(int rows, int k) const {
+    return at[k % 4] + (rows * Cut::kChunks + k / 4 * 8) * Cut::kEntries;
+  }
+};
+
 template <class T, int COLS>
 constexpr int kRowBytes = COLS * static_cast<int>(sizeof(T));
 
@@ -160,13 +176,19 @@ FASTATTN_DEVICE void write_rows(
 // Where registers are short, read again for each product.
 template <class T, int COLS, int M>
 struct InShared {
-  Tile<T, COLS> tile;
-  int first;  // row
+  Cursor<T, COLS> cursor;
 
+  FASTATTN_DEVICE InShared(Tile<T, COLS> tile, int first)
+      : cursor(tile, first + lane_index() % 16, lane_index() / 16) {}
   FASTATTN_DEVICE void fragment(int m, int k, uint32_t (&a)[4]) const {
-    const int lane = lane_index();
-    load_matrices(a, tile.chunk(first + 16 * m + lane % 16, 2 * k + lane / 16));
+    load_matrices(a, cursor.chunk(16 * m, k));
   }
+};
+
+template <int COLS, int M>
+struct InShared<float, COLS, M> {
+  Tile<float, COLS> tile;
+  int first;  // row
 };
 
 template <class T, int COLS, int M>
@@ -191,6 +213,7 @@ template <class Left, class T, int COLS, int M, int N>
 FASTATTN_DEVICE void dot_rows(Share<M, N>& scores, const Left& left, Tile<T, COLS> tile) {
   static_assert(N % 2 == 0, "two columns of eight at a time");
   const int lane = lane_index();
+  const Cursor<T, COLS> cursor(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int k = 0; k < COLS / 16; ++k) {
     uint32_t a[M][4];
@@ -199,7 +222,7 @@ FASTATTN_DEVICE void dot_rows(Share<M, N>& scores, const Left& left, Tile<T, COL
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       uint32_t b[4];
-      load_matrices(b, tile.chunk(8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      load_matrices(b, cursor.chunk(8 * n, k));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         multiply_add(scores.x[m][n], a[m], b[0], b[1], T{});
@@ -239,7 +262,7 @@ FASTATTN_DEVICE void dot_rows(
 template <class T, int COLS, int M, int N>
 FASTATTN_DEVICE void add_product(
     Share<M, COLS / 8>& out, Share<M, N>& weights, Tile<T, COLS> tile) {
-  const int lane = lane_index();
+  const Cursor<T, COLS> cursor(tile, lane_index() % 16, lane_index() / 16);
 #pragma unroll
   for (int k = 0; k < N / 2; ++k) {
     uint32_t a[M][4];  // what is a sum's layout is a factor's too
@@ -253,7 +276,7 @@ FASTATTN_DEVICE void add_product(
 #pragma unroll
     for (int n = 0; n < COLS / 8; n += 2) {
       uint32_t b[4];
-      load_matrices_transposed(b, tile.chunk(16 * k + lane % 16, n + lane / 16));
+      load_matrices_transposed(b, cursor.chunk(16 * k, n / 2));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         multiply_add(out.x[m][n], a[m], b[0], b[1], T{});
@@ -263,27 +286,36 @@ FASTATTN_DEVICE void add_product(
   }
 }
 
+template <int COLS, int M>
+FASTATTN_DEVICE void add_row(
+    Share<M, COLS / 8>& out, const float (&weights)[2 * M], Tile<float, COLS> tile, int row) {
+#pragma unroll
+  for (int n = 0; n < COLS / 8; ++n) {
+    const int col = col_of(n, 0);
+    const Float2 x =
+        load_shared(reinterpret_cast<const Float2*>(tile.chunk(row, col / 4) + col % 4));
+#pragma unroll
+    for (int r = 0; r < 2 * M; ++r) {
+      out.at(r, n, 0) = fmaf(weights[r], x.x, out.at(r, n, 0));
+      out.at(r, n, 1) = fmaf(weights[r], x.y, out.at(r, n, 1));
+    }
+  }
+}
 template <int COLS, int M, int N>
 FASTATTN_DEVICE void add_product(
     Share<M, COLS / 8>& out, Share<M, N>& weights, Tile<float, COLS> tile) {
 #pragma unroll
-  for (int k = 0; k < 8 * N; ++k) {
-    float a[2 * M];  // a weight is held by one lane of its row's four
+  for (int j = 0; j < N; ++j)
+#pragma unroll 1  // unrolled, loads far ahead would take all registers
+    for (int holder = 0; holder < 4; ++holder)
 #pragma unroll
-    for (int r = 0; r < 2 * M; ++r)
-      a[r] = shuffle(weights.at(r, k / 8, k % 2), lane_index() / 4 * 4 + k % 8 / 2);
+      for (int c = 0; c < 2; ++c) {
+        float a[2 * M];  // a weight is held by one lane of its row's four
 #pragma unroll
-    for (int n = 0; n < COLS / 8; ++n) {
-      const int col = col_of(n, 0);
-      const Float2 b =
-          load_shared(reinterpret_cast<const Float2*>(tile.chunk(k, col / 4) + col % 4));
-#pragma unroll
-      for (int r = 0; r < 2 * M; ++r) {
-        out.at(r, n, 0) = fmaf(a[r], b.x, out.at(r, n, 0));
-        out.at(r, n, 1) = fmaf(a[r], b.y, out.at(r, n, 1));
+        for (int r = 0; r < 2 * M; ++r)
+          a[r] = shuffle(weights.at(r, j, c), lane_index() / 4 * 4 + holder);
+        add_row(out, a, tile, 8 * j + 2 * holder + c);
       }
-    }
-  }
 }
 
 }  // namespace fastattn::cuda
