@@ -23,6 +23,10 @@ CAPTION = (
     "rank configurations and are no measurement."
 )
 WIDTH = 180  # of a table that no terminal shows
+MARKDOWN = (
+    "target", "kernel", "D", "blocks", "registers", "spills", "shared KiB", "tensor memory",
+    "tensor cores", "copies", "cycles",
+)  # fmt: skip
 
 
 def compile_(
@@ -38,9 +42,15 @@ def compile_(
     quick: Annotated[
         bool, typer.Option("--quick", help="Attention in bf16 with heads of 64 and 128.")
     ] = False,
+    form: Annotated[
+        str | None, typer.Option(help=f"Only these calls, of {', '.join(offline.ATTENTION_FORMS)}.")
+    ] = None,
     record: Annotated[
         Path | None, typer.Option(help="Write what was found there, as budgets.", metavar="FILE")
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Attention's main loops as the README has them.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON on stdout, all else on stderr.")
     ] = False,
@@ -56,6 +66,7 @@ def compile_(
         everything = offline.jobs(dtypes=dtypes, quick=quick)
         names = sorted({job.operator for job in everything})
         operators = known("kernel", kernel, names) if kernel else names
+        forms = known("form", form, offline.ATTENTION_FORMS) if form else None
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         typer.echo(
@@ -65,7 +76,8 @@ def compile_(
     except ValueError as error:
         typer.echo(f"fastattn compile: {error}", err=True)
         raise typer.Exit(2) from None
-    rows = with_progress(targets, [job for job in everything if job.operator in operators])
+    wanted = [job for job in everything if job.operator in operators]
+    rows = with_progress(targets, [job for job in wanted if forms is None or job.form in forms])
     wrong = offline.broken(rows, offline.budgets(), version)
     if record:
         record.write_text(offline.as_text(offline.recorded(rows, version)))
@@ -75,9 +87,11 @@ def compile_(
                 {"triton": version, "kernels": [as_dict(r) for r in rows], "wrong": wrong}, indent=2
             )
         )
+    elif markdown:
+        print(as_markdown(rows))
     else:
         show(rows)
-    console = Console(stderr=as_json, soft_wrap=True, highlight=False)
+    console = Console(stderr=as_json or markdown, soft_wrap=True, highlight=False)
     for sentence in wrong:
         console.print(f"wrong: {sentence}", markup=False)
     failed = sum(bool(r.error) for r in rows)
@@ -126,6 +140,21 @@ def show(rows: Sequence[Compiled]) -> None:
             if row.target == target:
                 table.add_row(row.kernel.removesuffix("_kernel"), call(row.job), *cells(row))
         console.print(table)
+
+
+def as_markdown(rows: Sequence[Compiled]) -> str:
+    """A line a main loop of products; the word for a call is left to the text around it."""
+    lines = ["| " + " | ".join(MARKDOWN) + " |", "|---|---|" + "---:|" * (len(MARKDOWN) - 2)]
+    for row in rows:
+        if row.kernel in offline.PRODUCTS and not row.error:
+            name = row.kernel.removeprefix("attention_").removesuffix("_kernel")
+            found = (
+                row.target, name, row.job.width, row.config, row.registers, row.loop["local"],
+                f"{row.shared / 1024:.0f}", row.tensor_memory or "", counted(row.mma), counted(row.copies),
+                f"{row.cycles:.0f}",
+            )  # fmt: skip
+            lines.append("| " + " | ".join(map(str, found)) + " |")
+    return "\n".join(lines)
 
 
 def call(job: Job) -> str:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from importlib.metadata import version
 
 from fastattn import emulate
 from fastattn.cli import app
+from fastattn.cli.compile import as_markdown
 from fastattn.emulate import machine_code, offline
 from fastattn.emulate.machine_code import CHIPS, Instruction
 from fastattn.emulate.offline import Compiled, Job
@@ -56,12 +58,28 @@ def test_every_quick_loop_has_a_baseline(compiled):
     assert {r.name for r in compiled} <= HELD["loops"].keys()
 
 
+def not_in_readme(compiled):
+    """Lines of the README's table that are other than these rows."""
+    shown = [r for r in compiled if r.job in offline.jobs(quick=True) and r.job.form == "causal"]
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    return [line for line in as_markdown(shown).splitlines() if line not in text]
+
+
+@pytest.mark.skipif(not SAME, reason=f"the README's table is of Triton {HELD['triton']}")
+def test_the_readme_shows_what_the_command_prints(compiled):
+    shown = [r for r in compiled if r.target in QUICK]
+    assert not_in_readme(shown) == []
+    other = next(r for r in shown if r.job.form == "causal")
+    assert len(not_in_readme([other._replace(registers=7)])) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", offline.TARGETS)
 def test_everything_compiles_and_keeps_to_its_budget(target):
     rows = offline.compile_all([target], offline.jobs())
     assert not offline.broken(rows, HELD, version("triton"))
     assert not SAME or {r.name for r in rows} <= HELD["loops"].keys()
+    assert not SAME or not_in_readme(rows) == []
 
 
 @pytest.mark.parametrize("target", sorted(CHIPS))
@@ -248,6 +266,20 @@ def test_the_command_speaks_json():
     assert all(
         k["registers"] > 0 and k["job"]["operator"] == "softmax_bwd" for k in found["kernels"]
     )
+
+
+def test_the_command_takes_the_calls_that_it_is_told_and_speaks_markdown(monkeypatch):
+    monkeypatch.setattr(
+        offline, "compile_all", lambda targets, wanted, *_: [row(job=j) for j in wanted]
+    )
+    done = CliRunner().invoke(app, ["compile", "--quick", "--form", "causal", "--markdown"])
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("| target | kernel | D | blocks | registers | spills | shared KiB |")
+    assert len(lines) == 2 + 4 and lines[2].startswith(
+        "| sm_90 | fwd | 64 | 128x64 w8 s3 | 168 | 0 |"
+    )
+    done = CliRunner().invoke(app, ["compile", "--form", "casual"])
+    assert done.exit_code == 2 and "form must be of full, causal," in done.output
 
 
 def test_the_command_exits_with_1_where_a_kernel_fails(monkeypatch):
