@@ -25,9 +25,11 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 PYTHON_ABI = "0x030A0000"  # CPython 3.10
 TORCH_ABI = "0x020a000000000000"  # torch 2.10; DESIGN: never above 2.11
-SOURCES = ["csrc/ops/cpu.cpp", "csrc/ops/module.cpp"] + sorted(
-    str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp")
-)
+SOURCES = [
+    "csrc/ops/cpu.cpp",
+    "csrc/ops/module.cpp",
+    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp")),
+]
 
 
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
