@@ -92,6 +92,7 @@ def cuda_libraries(nvcc: str) -> list[str]:
 def nvcc_command(nvcc: str, source: str) -> list[str]:
     return [
         nvcc, "-c", source, "-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "--compress-mode=size",
         *(["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []),
         *architectures(),
     ]  # fmt: skip

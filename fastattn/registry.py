@@ -13,14 +13,30 @@ from typing import Any, NamedTuple
 import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# Where a tensor lies decides who is asked, in this order. A GPU's order is to be measured.
-# A meta tensor holds no data: any registered operator tells the results' shapes.
+# Where a tensor lies decides who is asked, in this order. A meta tensor holds no data: any registered
+# operator tells the results' shapes.
 ORDER = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
     "meta": ("cpu", "triton", "reference"),
 }
 DEFAULT_ORDER = ("triton", "reference")
+
+# On a CUDA device cuda and triton both have every operator. Who goes first: an entry is two backends in
+# order and where that was measured; explain() repeats it.
+UNMEASURED = "unmeasured: no GPU has timed one against the other"
+CUDA_TABLE: dict[str, tuple[tuple[str, str], str]] = {
+    "attention": (("cuda", "triton"), UNMEASURED),
+    "cache_append": (("cuda", "triton"), UNMEASURED),
+    "cross_entropy": (("cuda", "triton"), UNMEASURED),
+    "cross_entropy_inplace": (("cuda", "triton"), UNMEASURED),
+    "gelu": (("cuda", "triton"), UNMEASURED),
+    "glu": (("cuda", "triton"), UNMEASURED),
+    "linear_cross_entropy": (("cuda", "triton"), UNMEASURED),
+    "norm": (("cuda", "triton"), UNMEASURED),
+    "rotary": (("cuda", "triton"), UNMEASURED),
+    "rotary_tables": (("cuda", "triton"), UNMEASURED),
+    "softmax": (("cuda", "triton"), UNMEASURED),
+}
 
 ALL_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 KERNEL_FLOATS = ALL_FLOATS - {torch.float64}
@@ -85,9 +101,16 @@ def asked(call: Call, backend: str | None) -> tuple[str, ...]:
     """Who is asked to serve a call, in this order."""
     only = wanted(backend)
     if only is None:
-        return ORDER.get(call.device, DEFAULT_ORDER)
+        return order(call)
     check_name(call.name, only)
     return (only,)
+
+
+def order(call: Call) -> tuple[str, ...]:
+    """Who is asked where no backend is named."""
+    if call.device == "cuda":
+        return (*CUDA_TABLE[call.operator][0], "reference")
+    return ORDER.get(call.device, DEFAULT_ORDER)
 
 
 def reason_against(name: str, call: Call) -> str | None:
@@ -106,7 +129,7 @@ def reason_against(name: str, call: Call) -> str | None:
 
 def verdicts(call: Call, backend: str | None = None) -> dict[str, str | None]:
     """Who is asked, then everyone else who serves this device -> None or its reason."""
-    names = asked(call, backend) + ORDER.get(call.device, DEFAULT_ORDER)
+    names = asked(call, backend) + order(call)
     return {name: reason_against(name, call) for name in names}
 
 

@@ -254,6 +254,9 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> str:
         lines.append(f"  {name}: {'serves this call' if name == serving else reason or other}")
     if serving is None:
         lines.append("  nobody serves this call: it raises ValueError")
+    if asked.device == "cuda":
+        (first, second), where = registry.CUDA_TABLE[asked.operator]
+        lines.append(f"  {first} is asked before {second}: {where}")
     used = ", ".join(sorted(asked.features)) or "no features"
     head = f"attention on {asked.device} in {checks.dtype_name(asked.dtype)} with {used}"
     return "\n".join([head, *lines])

@@ -33,4 +33,9 @@ def version(name: str) -> str:
             "" if torch.cuda.is_available() or torch.xpu.is_available() else ", emulated on the CPU"
         )
         return f"Triton {metadata.version('triton')}{where}"
+    if name == "cuda":
+        built = native.cuda_architectures()
+        machines = ", ".join(f"sm_{a}" for a in built)
+        on_gpu = f"compiled for {machines}" if built else "not in this build for a GPU"
+        return f"CUDA C++ kernels, {on_gpu}; on a CPU's tensors run by a model of a GPU"
     return f"PyTorch {torch.__version__}"

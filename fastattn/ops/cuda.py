@@ -30,12 +30,13 @@ CACHE_APPEND = (
     "(Tensor(a!) key_store, Tensor(b!) value_store, Tensor key, Tensor value, Tensor lengths, "
     "Tensor counts, Tensor? page_table, Tensor? cos, Tensor? sin, bool interleaved) -> ()"
 )
+BUILT = bool(native.cuda_architectures())  # for a GPU; a constant, for torch.compile
 NOT_BUILT = "this build of fastattn has no CUDA kernels: install it with FASTATTN_BUILD_CUDA=1 where nvcc is"
 
 
 def declines(*arguments: Any) -> str | None:
     on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in arguments)
-    return NOT_BUILT if on_gpu and not native.cuda_architectures() else None
+    return NOT_BUILT if on_gpu and not BUILT else None
 
 
 def attention_declines(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:

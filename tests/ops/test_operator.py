@@ -342,9 +342,10 @@ def test_explain_does_as_the_call_does():
         "  reference: serves this call",
         "  cpu: could serve it too",
     ]
-    assert fa.explain(A, B, C, backend="cuda").splitlines()[1:] == [
-        "  cuda: no CUDA kernel is written yet",
-        "  cpu: could serve it, but 'cuda' is asked for",
+    double = [x.double() for x in (A, B, C)]
+    assert fa.explain(*double, backend="cuda").splitlines()[1:] == [
+        "  cuda: cuda computes bfloat16, float16, float32, not float64",
+        "  cpu: cpu computes bfloat16, float16, float32, not float64",
         "  reference: could serve it, but 'cuda' is asked for",
         "  nobody serves this call: it raises ValueError",
     ]
@@ -378,6 +379,6 @@ def test_backends_and_use_backend():
     with fa.use_backend("reference"):
         assert fa.attention(A.double(), B.double(), C.double()).dtype == torch.float64
         with pytest.raises(ValueError, match="cannot take this call"), fa.use_backend("cuda"):
-            fa.attention(A, B, C)
+            fa.attention(A.double(), B.double(), C.double())
     with pytest.raises(ValueError, match="backend must be one of"), fa.use_backend("gpu"):
         pass
