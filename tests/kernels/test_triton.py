@@ -6,18 +6,12 @@ import torch
 import fastattn as fa
 from fastattn import emulate
 from fastattn.kernels.reference.philox import keep_mask
-from fastattn.verify.cases import CASES, attention
+from fastattn.verify.cases import attention
 from fastattn.verify.judge import DTYPES, judge, run
 
+from . import pick
+
 pytest.importorskip("triton")
-
-# every case in one dtype is a fast test; the two others are slow ones
-ONE_EACH = [(case, DTYPES[at % len(DTYPES)]) for at, case in enumerate(CASES)]
-THE_REST = [(case, dtype) for case in CASES for dtype in DTYPES if (case, dtype) not in ONE_EACH]
-
-
-def name(value):
-    return getattr(value, "id", str(value).removeprefix("torch."))
 
 
 def check(case, dtype, device):
@@ -28,13 +22,13 @@ def check(case, dtype, device):
         assert case.feature == "head dimension"
 
 
-@pytest.mark.parametrize("case, dtype", ONE_EACH, ids=name)
+@pick.in_one_dtype(pick.of())
 def test_case(case, dtype, device):
     check(case, dtype, device)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case, dtype", THE_REST, ids=name)
+@pick.in_the_others(pick.of())
 def test_case_in_another_dtype(case, dtype, device):
     check(case, dtype, device)
 
@@ -62,11 +56,12 @@ def test_dropout_drops_what_the_reference_drops(Sq, Sk, device):
     assert torch.equal(found, kept)
 
 
-SMALL = ["attention-combined-everything", "attention-packed-cross,_all", "attention-bias-1hqk",
-         "attention-few_queries-grouped", "layer_norm-residual-C=33", "softmax-causal-20x33",
-         "cross_entropy-z_loss-0.01", "gelu-tanh_and_bias-C=33", "swiglu-plain-C=33",
-         "rotary-interleaved-positions", "rotary-halves,_learned-positions"]  # fmt: skip
-small = pytest.mark.parametrize("case", [c for c in CASES if c.id in SMALL], ids=name)
+small = pick.named(
+    "attention-combined-everything", "attention-packed-cross,_all", "attention-bias-1hqk",
+    "attention-few_queries-grouped", "layer_norm-residual-C=33", "softmax-causal-20x33",
+    "cross_entropy-z_loss-0.01", "gelu-tanh_and_bias-C=33", "swiglu-plain-C=33",
+    "rotary-interleaved-positions", "rotary-halves,_learned-positions",
+)  # fmt: skip
 
 
 @small
@@ -84,7 +79,7 @@ def test_same_bits_in_any_order_of_the_programs(case):
         assert all(torch.equal(first[n].nan_to_num(), again[n].nan_to_num()) for n in first)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=pick.name)
 def test_long_sums(dtype):
     """A running sum that is rounded to 16 bits once a tile would show here, and only here."""
     case = attention("long", "4x4096", B=1, Hq=1, Sq=20, Sk=4096, D=16, causal=True)
@@ -126,46 +121,3 @@ def test_decoding_over_a_cache(page_size, Sq, device):
         results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), q)])
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=2e-6)
-
-
-@pytest.mark.parametrize("page_size", [None, 4, 7])
-@pytest.mark.parametrize("channels", [0, 12, 16])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_append_turns_keys_on_their_way(page_size, channels, interleaved, device):
-    """The kernel leaves in the cache what the definition does, in both layouts, for uneven sequences."""
-    torch.manual_seed(0)
-    k, v = (
-        torch.randn(2, 20, 2, 16, device=device).transpose(1, 2),
-        torch.randn(2, 2, 20, 12, device=device),
-    )
-    angles = torch.outer(torch.arange(60.0), 10.0 ** -torch.arange(channels / 2)).to(device)
-    rotary = (angles.cos(), angles.sin(), interleaved) if channels else None
-    stores = []
-    for backend in ("triton", "reference"):
-        cache = fa.KVCache(
-            2, 2, 16, max_length=40, page_size=page_size, value_head_dim=12, device=device
-        )
-        cache.append(k[:, :, :9], v[:, :, :9], new_lengths=[9, 5], backend=backend)
-        cache.append(k, v, rotary, new_lengths=[20, 13], backend=backend)
-        stores.append((cache.key, cache.value, cache.lengths))
-    for found, wanted in zip(*stores, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 50])
-@pytest.mark.parametrize("wanted", ["cos", "sin", "both"])
-def test_rows_of_the_tables_add_up_all_their_tokens(rows, wanted, device):
-    """Few rows turn many tokens each, whose gradients all have one sign; or most turn none."""
-    torch.manual_seed(0)
-    x = torch.rand(2, 3, 300, 16, device=device).transpose(1, 2).contiguous().transpose(1, 2)
-    tables = [torch.rand(6, 70, device=device).T for _ in range(2)]  # columns apart in memory
-    leaves = [t for t, name in zip(tables, ("cos", "sin"), strict=True) if wanted in (name, "both")]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    positions = torch.randint(0, rows, (2, 300), device=device)
-    results = []
-    for backend in ("triton", "reference"):
-        y = fa.rotary(x, *tables, positions=positions, interleaved=True, backend=backend)
-        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-    for found, wanted_ in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted_, atol=2e-6, rtol=2e-6)
