@@ -64,10 +64,35 @@ def test_a_source_distribution_has_all_that_is_compiled(tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    wanted = {
-        str(p.relative_to(ROOT)) for d in ("ops", "cpu", "common") for p in ROOT.glob(f"csrc/{d}/*")
+    wanted = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*")}
+    assert wanted <= names and "csrc/cuda/softmax.cu" in wanted
+
+
+def test_the_package_has_the_sources_that_emulation_compiles(tmp_path):
+    """backend="cuda" on a CPU compiles csrc where the package is installed."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    installed = tmp_path / "fastattn/csrc"
+    assert {p.relative_to(installed) for p in installed.glob("*/*")} == {
+        p.relative_to(ROOT / "csrc") for p in ROOT.glob("csrc/*/*")
     }
-    assert wanted <= names
+    code = "from fastattn.emulate import cuda_host; print(cuda_host.csrc())"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True,
+        text=True, check=True,
+    ).stdout  # fmt: skip
+    assert said.strip() == str(installed)
+
+
+def test_cuda_without_nvcc_is_one_sentence():
+    said = setup_says(FASTATTN_BUILD_CUDA="1", PATH="/usr/bin:/bin", CUDA_HOME="")
+    assert said.startswith("fastattn: FASTATTN_BUILD_CUDA=1, but there is no nvcc.")
+    assert "must be 0 or 1, got 'yes'" in setup_says(FASTATTN_BUILD_CUDA="yes")
 
 
 def test_objects_are_kept_where_an_editable_install_finds_them():
@@ -89,7 +114,7 @@ def test_objects_are_kept_where_an_editable_install_finds_them():
 
 
 def test_kernels_include_no_torch_header():
-    for path in [*ROOT.glob("csrc/cpu/*"), *ROOT.glob("csrc/common/*")]:
+    for path in [p for d in ("cpu", "common", "cuda", "host") for p in ROOT.glob(f"csrc/{d}/*")]:
         assert not re.search(r'#include [<"](torch|ATen|c10)/', path.read_text()), path
 
 
