@@ -344,6 +344,7 @@ def explained(error: BaseException) -> str:
 # how many products of BLOCK_M x BLOCK_N x D a turn of the main loop has
 PRODUCTS = {
     "attention_fwd_kernel": 2,
+    "attention_bwd_delta_kernel": 2,
     "attention_bwd_keys_kernel": 4,
     "attention_bwd_queries_kernel": 3,
     "attention_bwd_bias_kernel": 2,

@@ -5,7 +5,9 @@
 Three kernels, each of which owns what it writes, so nothing is atomic and every sum has one order: a
 block of keys for dK and dV, over the queries of all heads that share them; a block of queries for dQ;
 a tile of the bias for its gradient, over everything along which the bias broadcasts. A kernel before
-them computes delta, and lse in log2 units and two floats.
+them computes delta, and lse in log2 units and two floats; with dropout one more computes delta as the sum
+of P * dP, since O was rounded after its scaling by 1 / (1 - p): where a row sees one key, dS would be a
+rounding of dP in place of 0.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from .tiles import (
     query_rows,
     rows_of,
     score_pointers,
+    seen_keys,
     sequence_of,
     stat_offsets,
     store_rows,
@@ -52,7 +55,7 @@ ALL_ROWS, ALL_COLS = tl.constexpr(1), tl.constexpr(2)  # what a bias broadcasts 
 
 
 class RowStats(NamedTuple):
-    """Of each query row: sum(dO * O) - dlse, and lse in log2 units as the sum of two floats."""
+    """Of each query row: delta, and lse in log2 units as the sum of two floats."""
 
     delta: Any
     lse: Any
@@ -69,9 +72,11 @@ def attention_rows_kernel(out, dout, stats, dlse, result, lengths, sizes, FEATUR
     program = tl.program_id(0)
     s = sequence_of(program // blocks // sizes.Hq, lengths, sizes, FEATURES)
     rows = rows_of(program % blocks, program // blocks % sizes.Hq, s, 1, BLOCK_M)
-    o = query_rows(out, s, rows, DV, COLS_V, True).to(tl.float32)
-    do = query_rows(dout, s, rows, DV, COLS_V, True).to(tl.float32)
-    delta = tl.sum(o * do, 1)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if (DROPOUT & FEATURES) == 0:
+        o = query_rows(out, s, rows, DV, COLS_V, True).to(tl.float32)
+        do = query_rows(dout, s, rows, DV, COLS_V, True).to(tl.float32)
+        delta = tl.sum(o * do, 1)
     at = stat_offsets(stats, s, rows)
     if HAS_DLSE:
         delta -= tl.load(dlse + at, mask=rows.inside, other=0.0)
@@ -128,6 +133,44 @@ def graded(products, dweights, values, spec, s, head, query, key, inside, FEATUR
         dropped, dweights = weights * factor, dweights * factor
     dscores = weights * (dweights - values.delta)
     return dropped, dscores, dscores * slope
+
+
+@triton.jit
+def attention_bwd_delta_kernel(
+    query, key, value, dout, stats, extras, lengths, sizes, window, scale, FEATURES: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the sum of P * dP over all keys to stats.delta."""
+    COLS: tl.constexpr = max(16, triton.next_power_of_2(D))
+    COLS_V: tl.constexpr = max(16, triton.next_power_of_2(DV))
+    blocks = tl.cdiv(sizes.Sq, BLOCK_M)
+    program = tl.program_id(0)
+    low, head = program % blocks * BLOCK_M, program // blocks % sizes.Hq
+    spec = Spec(extras, lengths, sizes, window, scale)
+    s = sequence_of(program // blocks // sizes.Hq, lengths, sizes, FEATURES)
+    rows = rows_of(program % blocks, head, s, 1, BLOCK_M)
+    high = tl.minimum(s.Sq, low + BLOCK_M) - 1
+    start, end, _free, _free_end = seen_keys(low, high, s, window, FEATURES)
+    if low >= s.Sq:
+        end = 0
+
+    q = query_rows(query, s, rows, D, COLS, True)
+    do = query_rows(dout, s, rows, DV, COLS_V, True)
+    given = row_values(stats, s, rows)
+    values = beside(RowValues(tl.zeros([BLOCK_M], tl.float32), given.lse, given.lse_low), 1)
+    delta, kv_head = given.delta, head // sizes.group
+    for n in tl.range(start // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        key_index = (n + tl.arange(0, BLOCK_N))[None, :]
+        k = key_rows(key, lengths, s, kv_head, n, s.Sk, D, BLOCK_N, COLS, FEATURES, True)
+        v = key_rows(value, lengths, s, kv_head, n, s.Sk, DV, BLOCK_N, COLS_V, FEATURES, True)
+        products = tl.dot(q, k.T, input_precision=PRECISION)
+        dweights = tl.dot(do, v.T, input_precision=PRECISION)
+        _, weighted, _ = graded(
+            products, dweights, values, spec, s, rows.head[:, None], rows.query[:, None], key_index,
+            rows.inside[:, None], FEATURES, True)  # fmt: skip
+        delta += tl.sum(weighted, 1)
+    tl.store(stats.delta + stat_offsets(stats, s, rows), delta, mask=rows.inside)
 
 
 # ---- dK and dV ----------------------------------------------------------------------------------
@@ -254,13 +297,7 @@ def attention_bwd_queries_kernel(
     rows = rows_of(block, head, s, 1, BLOCK_M)
     low = block * BLOCK_M
     high = tl.minimum(s.Sq, low + BLOCK_M) - 1
-    start, end, all_start, all_end = 0, s.Sk, 0, s.Sk
-    if LEFT & FEATURES:
-        start = tl.maximum(0, low + s.diagonal - window.left)
-        all_start = tl.maximum(0, high + s.diagonal - window.left)
-    if RIGHT & FEATURES:
-        end = tl.minimum(s.Sk, high + s.diagonal + window.right + 1)
-        all_end = tl.minimum(s.Sk, low + s.diagonal + window.right + 1)
+    start, end, all_start, all_end = seen_keys(low, high, s, window, FEATURES)
     if low >= s.Sq:
         end = 0
     start = start // BLOCK_N * BLOCK_N
@@ -369,6 +406,8 @@ def attention_bwd(dout: Tensor | None, dlse: Tensor | None, *rest: Any) -> tuple
     results = [nothing] * 6
     stats = prepared_rows(call, out, dout, lse, lse_low, dlse)
     common = (heads(dout), stats)
+    if call.dropped and call.rows:
+        add_weighted(call, common)
     if needs & 0b000110 and not call.paged:  # a cache has no gradient
         results[1:3] = key_gradients(call, dout, stats)
     if needs & 0b010001:
@@ -411,6 +450,18 @@ def prepared_rows(
             num_warps=chosen.warps,
         )  # fmt: skip
     return result
+
+
+def add_weighted(call: Call, common: tuple[Any, ...]) -> None:
+    """The sum of P * dP to delta; blocks are those of dQ, which does the same and more."""
+    chosen = tune.choose("attention_bwd_queries", call.dtype, max(call.D, call.DV), call.modified)
+    keys, key_features = call.key_tensors(chosen)
+    grid = (triton.cdiv(call.sizes.Sq, chosen.block_m) * call.sizes.Hq * call.sizes.B,)
+    attention_bwd_delta_kernel[grid](
+        heads(call.query), *keys, *common, *call.tuples, call.features | key_features, call.D, call.DV,
+        chosen.block_m, chosen.block_n, call.precision, num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )  # fmt: skip
 
 
 def key_gradients(call: Call, dout: Tensor, stats: RowStats) -> tuple[Tensor, Tensor]:

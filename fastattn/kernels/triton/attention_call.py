@@ -49,14 +49,14 @@ class Call:
         left = UNLIMITED if window_left is None else min(window_left, UNLIMITED)
         right = 0 if causal else UNLIMITED if window_right is None else min(window_right, UNLIMITED)
         self.window = Window(left, right)
-        dropped = dropout_p > 0 and philox is not None
+        self.dropped = dropout_p > 0 and philox is not None
         self.extras = Extras(
             bias=0 if bias is None else scores(bias),
             mask=0 if mask is None else scores(mask.view(torch.uint8)),
             slopes=0 if alibi_slopes is None else per_head(alibi_slopes),
             sinks=0 if sinks is None else sinks.float().contiguous(),
             softcap=softcap,
-            dropout=dropout(philox, dropout_p) if dropped else 0,
+            dropout=dropout(philox, dropout_p) if self.dropped else 0,
         )
         self.lengths = Lengths(
             queries=0 if cu_seqlens_q is None else cu_seqlens_q,
@@ -70,7 +70,7 @@ class Call:
             AT_LENGTH=diagonal_at_length and key_lengths is not None, PACKED=self.packed,
             PAGED=self.paged, BIAS=bias is not None, MASK=mask is not None,
             SLOPES=alibi_slopes is not None, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-            DROPOUT=dropped, SCALE_FIRST=scale <= 0,
+            DROPOUT=self.dropped, SCALE_FIRST=scale <= 0,
             EXACT=query.dtype == torch.float32,
         )  # fmt: skip
         unit = LOG2E if self.features & tiles.MODIFIED.value else scale * LOG2E

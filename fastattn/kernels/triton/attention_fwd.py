@@ -25,7 +25,6 @@ from .tiles import (
     LN2_LOW,
     LOG2E,
     MODIFIED,
-    RIGHT,
     SINKS,
     SPECIALISED,
     Rows,
@@ -37,6 +36,7 @@ from .tiles import (
     modified,
     query_rows,
     rows_of,
+    seen_keys,
     sequence_of,
     store_rows,
     visible,
@@ -121,16 +121,9 @@ def attention_fwd_kernel(
     s = sequence_of(slot % sizes.B, lengths, sizes, FEATURES)
     if block * BLOCK_M < TOGETHER * s.Sq:
         rows = rows_of(block, first_head, s, TOGETHER, BLOCK_M)
-        # queries of the block, and the keys that some of them see, and that all do
         low = block * BLOCK_M if TOGETHER == 1 else 0
         high = tl.minimum(s.Sq, low + BLOCK_M) - 1 if TOGETHER == 1 else s.Sq - 1
-        start, end, all_start, all_end = 0, s.Sk, 0, s.Sk
-        if LEFT & FEATURES:
-            start = tl.maximum(0, low + s.diagonal - window.left)
-            all_start = tl.maximum(0, high + s.diagonal - window.left)
-        if RIGHT & FEATURES:
-            end = tl.minimum(s.Sk, high + s.diagonal + window.right + 1)
-            all_end = tl.minimum(s.Sk, low + s.diagonal + window.right + 1)
+        start, end, all_start, all_end = seen_keys(low, high, s, window, FEATURES)
         if SPLIT > 0:
             split = slot // sizes.B
             start, end = tl.maximum(start, split * SPLIT), tl.minimum(end, (split + 1) * SPLIT)

@@ -201,6 +201,19 @@ def visible(query, key, s, window, FEATURES: tl.constexpr):
     return seen
 
 
+@triton.jit
+def seen_keys(low, high, s, window, FEATURES: tl.constexpr):
+    """start and end of the keys that some of queries low to high see, and of those that all see."""
+    start, end, all_start, all_end = 0, s.Sk, 0, s.Sk
+    if LEFT & FEATURES:
+        start = tl.maximum(0, low + s.diagonal - window.left)
+        all_start = tl.maximum(0, high + s.diagonal - window.left)
+    if RIGHT & FEATURES:
+        end = tl.minimum(s.Sk, high + s.diagonal + window.right + 1)
+        all_end = tl.minimum(s.Sk, low + s.diagonal + window.right + 1)
+    return start, end, all_start, all_end
+
+
 # ---- tiles of rows ------------------------------------------------------------------------------
 
 
