@@ -35,6 +35,16 @@ def test_verify_prints_a_table_and_one_closing_line():
     assert last.startswith(f"fastattn verify: {count} passed, 0 failed, 0 declined")
 
 
+def test_a_log_shows_that_a_long_command_goes_on(monkeypatch):
+    monkeypatch.setattr("fastattn.cli.progress.EVERY", 0.0)
+    done = run("verify", "--operator", "rotary", "--backend", "cpu", "--dtype", "float32")
+    lines = done.stderr.splitlines()
+    assert lines[0] == "  0%  rotary: halves" and lines[-1].endswith(
+        "%  rotary: interleaved, learned"
+    )
+    assert "%  rotary" not in done.stdout
+
+
 def test_verify_json_is_json():
     done = run("verify", "--quick", "--dtype", "float32", "--backend", "cpu", "--json")
     found = json.loads(done.stdout)

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..emulate import offline
 from ..emulate.offline import Compiled, Job
+from .progress import progress
 
 CAPTION = (
     "Compiled only: nothing here was timed or run. From `spills` on, counts are of one turn of the main "
@@ -77,7 +77,9 @@ def compile_(
         typer.echo(f"fastattn compile: {error}", err=True)
         raise typer.Exit(2) from None
     wanted = [job for job in everything if job.operator in operators]
-    rows = with_progress(targets, [job for job in wanted if forms is None or job.form in forms])
+    wanted = [job for job in wanted if forms is None or job.form in forms]
+    with progress(60) as tell:
+        rows = offline.compile_all(targets, wanted, tell)
     wrong = offline.broken(rows, offline.budgets(), version)
     if record:
         record.write_text(offline.as_text(offline.recorded(rows, version)))
@@ -110,15 +112,6 @@ def known(option: str, given: str, names: Sequence[str]) -> list[str]:
     if not found:
         raise ValueError(f"{option} names nothing, of {', '.join(names)}")
     return found
-
-
-def with_progress(targets: list[str], wanted: list[Job]) -> list[Compiled]:
-    columns = (TextColumn("{task.description:60}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        return offline.compile_all(
-            targets, wanted, lambda what, share: bar.update(task, description=what, completed=share)
-        )
 
 
 def as_dict(row: Compiled) -> dict[str, object]:

@@ -9,11 +9,11 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .. import registry
 from ..verify import DTYPES, ModelReport, Report, run_verify
+from .progress import progress
 
 NAMED = {str(d).removeprefix("torch."): d for d in DTYPES}
 
@@ -50,7 +50,11 @@ def verify(
         known_device(device)
         if text is not None and not Path(text).is_file():
             raise ValueError(f"there is no file {text}")
-        report = with_progress(quick, backend or [], operator or [], dtypes, text, device)
+        with progress(45) as tell:
+            report = run_verify(
+                operators=operator or [], backends=backend or [], dtypes=dtypes, quick=quick,
+                text=text, device=device, progress=tell,
+            )  # fmt: skip
     except ValueError as error:
         sentence = str(error).removeprefix("verify: ")
         typer.echo(f"fastattn verify: {sentence}", err=True)
@@ -79,24 +83,6 @@ def known_device(name: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
-
-
-def with_progress(
-    quick: bool,
-    backends: list[str],
-    operators: list[str],
-    dtypes: list[torch.dtype],
-    text: str | None,
-    device: str,
-) -> Report:
-    columns = (TextColumn("{task.description:45}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        return run_verify(
-            operators=operators, backends=backends, dtypes=dtypes, quick=quick, text=text,
-            device=device,
-            progress=lambda what, share: bar.update(task, description=what, completed=share),
-        )  # fmt: skip
 
 
 def show(report: Report, dtypes: list[torch.dtype]) -> None:
