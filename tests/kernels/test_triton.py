@@ -86,7 +86,7 @@ def test_long_sums(dtype):
     assert judge(case, dtype, "triton").passed
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=pick.name)
 def test_a_row_that_sees_one_key_has_no_gradient_of_its_score_under_dropout(dtype, device):
     """1 / (1 - p) is inexact: sum(dO * O) would leave a rounding of dP in 16 bits in place of 0. What fp32
     leaves, 1e-6 of dP, a slope adds up over 120 rows of distances up to 30."""
