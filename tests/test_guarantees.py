@@ -12,8 +12,6 @@ import fastattn as fa
 from fastattn.verify.cases import CASES
 from fastattn.verify.judge import run
 
-SOME = [c for c in CASES if c.operator != "linear_cross_entropy"]  # its products are torch's
-
 
 @pytest.fixture
 def threads():
@@ -34,13 +32,28 @@ def identical(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_number_of_threads_and_any_time(threads, dtype):
     wrong = []
-    for case in SOME:
+    for case in CASES:
         threads(1)
         first = run(case, dtype, "cpu")
         for n in (1, 2, 3, 7):
             threads(n)
             wrong += [(case.id, n, name) for name in identical(first, run(case, dtype, "cpu"))]
     assert not wrong
+
+
+@pytest.mark.parametrize("R, E, V", [(33, 100, 777), (7, 1024, 2000), (300, 64, 3000)])
+def test_same_bits_of_a_linear_loss_for_any_number_of_threads(threads, R, E, V):
+    """Where a BLAS splits sums by what threads there are."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((R, E), (V, E), (V,))]
+    target, found = torch.randint(0, V, (R,)), []
+    for n in (1, 2, 3, 7):
+        threads(n)
+        hidden, weight, bias = leaves
+        loss = fa.linear_cross_entropy(hidden, weight, target, bias=bias)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_same_bits_of_large_rows_for_any_number_of_threads(threads):
@@ -90,11 +103,13 @@ def test_attention_does_not_see_its_neighbours_in_the_batch(Sq, Sk, dtype):
 def test_rows_do_not_see_their_neighbours(dtype):
     torch.manual_seed(0)
     x, w = torch.randn(50, 33).to(dtype), torch.randn(33).to(dtype)
+    matrix = torch.randn(40, 33).to(dtype)
     target = torch.randint(0, 33, (50,))
     calls = [
         lambda x, t: fa.layer_norm(x, w, w), lambda x, t: fa.rms_norm(x, w), lambda x, t: fa.softmax(x),
         lambda x, t: fa.gelu(x, bias=w), lambda x, t: fa.swiglu(x, x),
         lambda x, t: fa.cross_entropy(x, t, reduction="none"),
+        lambda x, t: fa.linear_cross_entropy(x, matrix, t, reduction="none"),
     ]  # fmt: skip
     for call in calls:
         whole = x.clone().requires_grad_()
@@ -108,7 +123,7 @@ def test_rows_do_not_see_their_neighbours(dtype):
 
 
 def test_inputs_stay_unchanged():
-    for case in SOME:
+    for case in CASES:
         inputs = {n: x.float() if x.is_floating_point() else x for n, x in case.inputs().items()}
         before = {n: x.clone() for n, x in inputs.items()}
         leaves = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]

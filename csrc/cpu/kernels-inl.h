@@ -9,6 +9,7 @@
 #include "attention_sinks-inl.h"
 #include "activation-inl.h"
 #include "cross_entropy-inl.h"
+#include "matmul-inl.h"
 #include "norm-inl.h"
 #include "rotary-inl.h"
 #include "softmax-inl.h"
@@ -29,6 +30,7 @@ const IsaKernels kernels = {
             .gelu_bwd = gelu_bwd,
             .glu_fwd = glu_fwd,
             .glu_bwd = glu_bwd,
+            .matmul = matmul,
             .norm_fwd = norm_fwd,
             .norm_bwd = norm_bwd,
             .rotary = rotary,

@@ -17,6 +17,12 @@ static const Tensor& to_host(const Tensor& x) { return x; }
 
 }  // namespace fastattn::cpu_operators
 
+#include "matmul-inl.h"
 #include "operators-inl.h"
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) { fastattn::cpu_operators::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
+  using namespace fastattn::cpu_operators;
+  implement(m);
+  m.impl("matmul", TORCH_BOX(&matmul));
+  m.impl("matmul_add_", TORCH_BOX(&matmul_add_));
+}

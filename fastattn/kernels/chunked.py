@@ -1,7 +1,8 @@
 """linear_cross_entropy in chunks of rows, so that the logits never exist whole.
 
-A chunk's logits are a product by torch's own matrix kernel, its loss and gradient are the
-cross_entropy kernel's, the gradient written over the logits. When the sum of the losses is what is
+A chunk's logits are one product, its loss and gradient are the cross_entropy kernel's, the gradient
+written over the logits. Products are torch's, save on a CPU in fp32, where a BLAS sums in an order that
+depends on threads and on the other rows. When the sum of the losses is what is
 wanted (`ahead`), the gradients are taken at once: three products in all, as without chunks, where
 taking them later would need the logits a second time. `ops`: the namespace of a backend's kernels,
 torch.ops.fastattn_cpu for one.
@@ -34,9 +35,11 @@ def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 class Gradients:
     """Sums of a chunk's gradients, in fp32 for 16-bit inputs; `needs`: hidden, weight, bias."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: int) -> None:
+    def __init__(
+        self, ops: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: int
+    ) -> None:
         acc = torch.promote_types(weight.dtype, torch.float32)
-        self.inputs = hidden, weight, bias
+        self.ops, self.inputs = ops, (hidden, weight, bias)
         # an operator's results share no memory, so that each nothing is one of its own
         self.hidden, self.weight, self.bias = (hidden.new_empty(0) for _ in range(3))
         if needs & 1:
@@ -49,12 +52,9 @@ class Gradients:
     def add(self, rows: slice, dlogits: Tensor) -> None:
         hidden, weight, _ = self.inputs
         if self.hidden.numel():
-            self.hidden[rows] = dlogits @ weight
+            self.hidden[rows] = product(self.ops, dlogits, weight)
         if self.weight.numel():
-            if self.weight.dtype == hidden.dtype:
-                self.weight.addmm_(dlogits.t(), hidden[rows])
-            else:
-                self.weight += dlogits.t() @ hidden[rows]
+            add_product(self.ops, self.weight, dlogits.t(), hidden[rows])
         if self.bias.numel():
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
 
@@ -78,9 +78,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *spec, ahead = scalars
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    gradients = Gradients(hidden, weight, bias, ahead)
+    gradients = Gradients(ops, hidden, weight, bias, ahead)
     for rows in chunks(hidden, weight):
-        logits = product(hidden[rows], weight, bias)
+        logits = product(ops, hidden[rows], weight.t(), bias)
         loss[rows], lse = ops.cross_entropy_fwd(logits, target[rows], *spec)
         if ahead:
             ones = torch.ones((), device=loss.device).expand(len(logits))
@@ -109,18 +109,31 @@ def backward(
         ready = (ahead_hidden, ahead_weight, ahead_bias)
         inputs = (hidden, weight, hidden if bias is None else bias)
         return tuple((g * scale).to(x.dtype) for g, x in zip(ready, inputs, strict=True))  # type: ignore[return-value]
-    gradients = Gradients(hidden, weight, bias, needs)
+    gradients = Gradients(ops, hidden, weight, bias, needs)
     for rows in chunks(hidden, weight):
-        logits = product(hidden[rows], weight, bias)
+        logits = product(ops, hidden[rows], weight.t(), bias)
         _, lse = ops.cross_entropy_fwd(logits, target[rows], *spec)
         ops.cross_entropy_bwd_(dloss[rows], logits, target[rows], lse, *spec)
         gradients.add(rows, logits)
     return gradients.results()
 
 
-def product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return (
-        hidden @ weight.t()
-        if bias is None
-        else torch.addmm(bias.to(hidden.dtype), hidden, weight.t())
-    )
+def product(ops: Any, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    if is_ours(ops, a):
+        return ops.matmul(a, b, bias)
+    return a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+
+
+def add_product(ops: Any, out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b; out is a sum in fp32."""
+    if is_ours(ops, a):
+        ops.matmul_add_(out, a, b)
+    elif out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out += a @ b
+
+
+def is_ours(ops: Any, a: Tensor) -> bool:
+    """Only the CPU's kernels have a product, of fp32."""
+    return a.dtype == torch.float32 and hasattr(ops, "matmul")

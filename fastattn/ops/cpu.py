@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .. import registry
 from ..kernels import native
 from . import activation, attention, cross_entropy, losses, norm, rotary, softmax
@@ -19,6 +21,12 @@ KERNELS: list[tuple[Operator, frozenset[str]]] = [
 ]
 
 
+MATMULS = {
+    "matmul": "(Tensor a, Tensor b, Tensor? bias) -> Tensor",
+    "matmul_add_": "(Tensor(a!) out, Tensor a, Tensor b) -> ()",
+}
+
+
 def bind() -> None:
     missing = native.load()
     if missing:
@@ -26,6 +34,8 @@ def bind() -> None:
         return
     for operator, features in KERNELS:
         registry.register(operator.name, "cpu", registry.Kernel(operator.bind("cpu"), features))
+    for name, schema in MATMULS.items():
+        torch.library.define(f"fastattn_cpu::{name}", schema)
     losses.bind("cpu", ("CPU",))
 
 

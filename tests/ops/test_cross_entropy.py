@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import fastattn as fa
-from fastattn.kernels import chunked
+from fastattn.kernels import chunked, native
+from fastattn.verify.judge import ratio
 
 torch.manual_seed(0)
 R, E, V = 37, 16, 50
@@ -171,3 +172,30 @@ def test_no_target_is_a_mean_of_nan_and_a_gradient_of_zero(operator):
     assert loss.isnan()
     for gradient in torch.autograd.grad(loss, inputs):
         assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("isa", [i.name for i in native.isas() if i.runs_here])
+def test_products_of_any_size_and_layout(isa):
+    matmul, add = torch.ops.fastattn_cpu.matmul, torch.ops.fastattn_cpu.matmul_add_
+    torch.manual_seed(0)
+    with native.use_isa(isa):
+        for M, K, N in (
+            (1, 1, 1),
+            (5, 0, 7),
+            (0, 3, 2),
+            (7, 300, 50),
+            (33, 257, 100),
+            (200, 513, 25),
+        ):
+            for turned in range(8):
+                a, b = torch.randn(M, K).double(), torch.randn(K, N).double()
+                bias = torch.randn(N).double()
+                truth = a @ b + bias
+                x = a.float() if turned & 1 else a.float().mT.contiguous().mT
+                y = b.float() if turned & 2 else b.float().mT.contiguous().mT
+                y = torch.stack([y, y], -1)[..., 0] if turned & 4 else y
+                naive = x @ y + bias.float()
+                assert ratio(matmul(x, y, bias.float()), truth, naive, torch.float32) <= 1
+                out = torch.ones(M, N + 3)[:, :N]
+                add(out, x, y)
+                assert ratio(out - 1 + bias.float(), truth, naive, torch.float32) <= 1
