@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..emulate import offline
+from ..emulate import cuda_code, offline
 from ..emulate.offline import Compiled, Job
 from .progress import progress
 
@@ -21,6 +21,10 @@ CAPTION = (
     "Compiled only: nothing here was timed or run. From `spills` on, counts are of one turn of the main "
     "loop. Cycles are estimated from rates in data sheets, for 64 x 64 scores on one multiprocessor: they "
     "rank configurations and are no measurement."
+)
+CUDA_CAPTION = (
+    "Compiled only: nothing here was timed or run. From `tensor cores` on, counts are of the main loop, or "
+    "of the whole kernel where it has no tensor cores; spills and 16-byte accesses are of the whole."
 )
 WIDTH = 180  # of a table that no terminal shows
 MARKDOWN = (
@@ -30,9 +34,12 @@ MARKDOWN = (
 
 
 def compile_(
-    target: Annotated[str, typer.Option(help="Targets, separated by commas.")] = ",".join(
-        offline.TARGETS
-    ),
+    backend: Annotated[
+        str, typer.Option(help="Whose kernels: triton, or cuda, which needs nvcc.")
+    ] = "triton",
+    target: Annotated[
+        str | None, typer.Option(help="Targets, separated by commas; else all of the backend's.")
+    ] = None,
     kernel: Annotated[
         str | None, typer.Option(help="Only these operators, e.g. attention_fwd,norm_bwd.")
     ] = None,
@@ -61,7 +68,10 @@ def compile_(
     code 0 when all compile and keep to them, 1 when one does not, 2 when the command is wrong.
     """
     try:
-        targets = known("target", target, offline.TARGETS)
+        known("backend", backend, ("triton", "cuda"))
+        if backend == "cuda":
+            raise typer.Exit(compile_cuda(target, kernel, record, as_json))
+        targets = known("target", target or ",".join(offline.TARGETS), offline.TARGETS)
         dtypes = known("dtype", dtype, offline.DTYPES)
         everything = offline.jobs(dtypes=dtypes, quick=quick)
         names = sorted({job.operator for job in everything})
@@ -102,6 +112,54 @@ def compile_(
         f"{len(wrong) - failed} over budget, Triton {version}"
     )
     raise typer.Exit(1 if wrong else 0)
+
+
+def compile_cuda(target: str | None, kernel: str | None, record: Path | None, as_json: bool) -> int:
+    """The same of csrc/cuda. kernel: the stems of its files. Returns the exit code."""
+    targets = known("target", target or ",".join(cuda_code.TARGETS), cuda_code.TARGETS)
+    stems = cuda_code.sources()
+    if cuda_code.nvcc() is None:
+        raise ValueError("backend cuda needs nvcc, and there is none on PATH or in CUDA_HOME")
+    wanted = known("kernel", kernel, stems) if kernel else stems
+    with progress(60) as tell:
+        rows = cuda_code.compile_all(targets, wanted, tell)
+    wrong = cuda_code.broken(rows, cuda_code.budgets())
+    if record:
+        record.write_text(cuda_code.as_text(cuda_code.recorded(rows)))
+    if as_json:
+        found = [row._asdict() for row in rows]
+        print(
+            json.dumps(
+                {"nvcc": cuda_code.nvcc_version(), "kernels": found, "wrong": wrong}, indent=2
+            )
+        )
+    else:
+        show_cuda(rows)
+    console = Console(stderr=as_json, soft_wrap=True, highlight=False)
+    for sentence in wrong:
+        console.print(f"wrong: {sentence}", markup=False)
+    console.print(
+        f"fastattn compile: {len(rows)} CUDA kernels compiled, {len(wrong)} budgets not kept, "
+        f"nvcc {cuda_code.nvcc_version()}"
+    )
+    return 1 if wrong else 0
+
+
+def show_cuda(rows: Sequence[cuda_code.Kernel]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    for target in dict.fromkeys(row.target for row in rows):
+        table = Table(title=target, caption=CUDA_CAPTION)
+        table.add_column("kernel", no_wrap=True)
+        heads = (
+            "registers", "stack", "spills", "16-byte", "tensor cores", "copies", "LDSM", "MUFU", "FP32",
+            "all",
+        )  # fmt: skip
+        for head in heads:
+            table.add_column(head, justify="right")
+        for row in rows:
+            if row.target == target:
+                table.add_row(row.name, *(str(n) for n in row[2:]))
+        console.print(table)
 
 
 def known(option: str, given: str, names: Sequence[str]) -> list[str]:
