@@ -138,14 +138,29 @@ def sources(root: Path) -> list[Path]:
 @functools.cache
 def compiler() -> list[str]:
     """The C++ compiler's command: CXX, or the first of the usual names."""
+    command = found_compiler()
+    if command is None:
+        raise RuntimeError(f"fastattn: {missing_compiler()}")
+    return command
+
+
+def candidates() -> list[list[str]]:
     named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
-        if shutil.which(command[0]):
-            return command
-    looked = named[0] if named else "c++, g++, clang++"
-    raise RuntimeError(
-        f"backend 'cuda' on a CPU compiles its kernels when it is first used, and there is no C++ "
-        f"compiler (looked for {looked}). Install one or name it in CXX."
+    return [named] if named else [["c++"], ["g++"], ["clang++"]]
+
+
+def found_compiler() -> list[str] | None:
+    return next((command for command in candidates() if shutil.which(command[0])), None)
+
+
+def missing_compiler() -> str | None:
+    """None if the kernels can be compiled here, else the sentence that says why not."""
+    if found_compiler():
+        return None
+    looked = ", ".join(command[0] for command in candidates())
+    return (
+        "cuda on a CPU compiles its kernels when it is first used, and there is no C++ compiler "
+        f"(looked for {looked}); install one or name it in CXX"
     )
 
 

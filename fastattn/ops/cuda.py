@@ -31,12 +31,13 @@ CACHE_APPEND = (
     "Tensor counts, Tensor? page_table, Tensor? cos, Tensor? sin, bool interleaved) -> ()"
 )
 BUILT = bool(native.cuda_architectures())  # for a GPU; a constant, for torch.compile
+NO_COMPILER = cuda_host.missing_compiler()
 NOT_BUILT = "this build of fastattn has no CUDA kernels: install it with FASTATTN_BUILD_CUDA=1 where nvcc is"
 
 
 def declines(*arguments: Any) -> str | None:
-    on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in arguments)
-    return NOT_BUILT if on_gpu and not BUILT else None
+    device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+    return NOT_BUILT if device == "cuda" and not BUILT else NO_COMPILER if device == "cpu" else None
 
 
 def attention_declines(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:
