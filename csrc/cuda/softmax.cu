@@ -77,7 +77,7 @@ FASTATTN_DEVICE int64_t row_of_thread() { return blockIdx.x * (int64_t)blockDim.
 // ---- forward -----------------------------------------------------------------------------------
 
 template <class T, int N>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     softmax_fwd_kernel(const __grid_constant__ SoftmaxArgs args) {
   SHARED_MEMORY(memory);
   RowJoin join(memory);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMostThreads)
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     softmax_fwd_long_kernel(const __grid_constant__ SoftmaxArgs args) {
   SHARED_MEMORY(memory);
   RowJoin join(memory);
@@ -155,7 +155,7 @@ FASTATTN_DEVICE void store_gradient(
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     softmax_bwd_kernel(const __grid_constant__ SoftmaxArgs args) {
   SHARED_MEMORY(memory);
   RowJoin join(memory);
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kMostThreads)
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     softmax_bwd_long_kernel(const __grid_constant__ SoftmaxArgs args) {
   SHARED_MEMORY(memory);
   RowJoin join(memory);
