@@ -157,7 +157,6 @@ struct Share {
   FASTATTN_DEVICE int column(int s) const { return s * stride + first; }
   FASTATTN_DEVICE int left_at(int s) const { return left - column(s); }
   FASTATTN_DEVICE bool holds(int s, int e) const { return e < left_at(s); }
-  FASTATTN_DEVICE Share with_left(int64_t columns) const { return Share(columns); }
 };
 
 // step(s, e) for every entry that a thread may hold.
@@ -224,8 +223,7 @@ FASTATTN_DEVICE void combine_row(
     for (int first = 0; first < S; first += kGroup) {
       const int64_t at = offset + first * share.stride;
       float y[kGroup][N];
-      load_row(
-          (const decltype(type)*)data + at, share.with_left(share.left - first * share.stride), y);
+      load_row((const decltype(type)*)data + at, Share<N>(share.left - first * share.stride), y);
       for_entries<kGroup, N>([&](int s, int e) { apply(x[first + s][e], y[s][e]); });
     }
   });

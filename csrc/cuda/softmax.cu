@@ -14,6 +14,8 @@ constexpr int64_t kMostInRegisters = kMostThreads * kEntries;
 // N = 1, where rows are no multiple of 16 bytes: neighbouring threads read neighbouring entries.
 template <int N>
 constexpr int kSteps = kEntries / N;
+template <int N>
+constexpr int kLongSteps = N == 1 ? 8 : kSteps<N>;  // of a long row: 16 addresses would spill
 
 // Columns of this row that causal leaves: query i sees those up to i + C - Sq.
 FASTATTN_DEVICE int64_t visible_columns(const SoftmaxArgs& args, int64_t row) {
@@ -68,8 +70,9 @@ FASTATTN_DEVICE void multiply(float factor, float (&z)[S][N]) {
 // body(at, share) along a row, from column `at` on.
 template <int N, class Body>
 FASTATTN_DEVICE void for_shares(int64_t C, Body body) {
-  const Share<N> share(C);
-  for (int64_t at = 0; at < C; at += kSteps<N> * share.stride) body(at, share.with_left(C - at));
+  const int64_t step = kLongSteps<N> * N * blockDim.x;
+  FASTATTN_ROLLED
+  for (int64_t at = 0; at < C; at += step) body(at, Share<N>(C - at));
 }
 
 FASTATTN_DEVICE int64_t row_of_thread() { return blockIdx.x * (int64_t)blockDim.y + threadIdx.y; }
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   RowJoin join(memory);
   const int64_t row = row_of_thread();
   if (row >= args.R) return;
-  float z[kSteps<N>][N];
+  float z[kLongSteps<N>][N];
   float most[1] = {-kInf}, sum[1] = {0};
   for_shares<N>(args.C, [&](int64_t at, const Share<N>& share) {
     load_logits<T>(args, row, at, share, z);
@@ -176,7 +179,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   RowJoin join(memory);
   const int64_t row = row_of_thread();
   if (row >= args.R) return;
-  float y[kSteps<N>][N], dy[kSteps<N>][N];
+  float y[kLongSteps<N>][N], dy[kLongSteps<N>][N];
   float total[1] = {0};
   for_shares<N>(args.C, [&](int64_t at, const Share<N>& share) {
     load_pair<T>(args, row, at, share, y, dy);

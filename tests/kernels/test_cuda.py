@@ -186,6 +186,17 @@ def test_the_gradient_over_the_logits_is_the_gradient(device):
         assert grads[0][1].eq(0).all()
 
 
+@pytest.mark.parametrize("V", [50, 4096])
+def test_the_gradient_far_from_zero_makes_up_for_what_fp32_took_from_lse(V, device):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(4, V, device=device) + 1e4).requires_grad_()
+    target = torch.arange(4, device=device)
+    loss = fa.cross_entropy(x, target, reduction="sum", backend="cuda")
+    (found,) = torch.autograd.grad(loss, x)
+    wanted = x.detach().double().softmax(-1) - torch.eye(V, device=device)[:4]
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+
+
 def test_infinite_and_undefined_logits_are_the_references(device):
     inf, nan = torch.inf, torch.nan
     rows = [
