@@ -40,10 +40,12 @@ __global__ void __launch_bounds__(kRowThreads)
   const int query = block * kRowThreads + static_cast<int>(threadIdx.x);
   if (query >= s.Sq) return;
   const int64_t at = stats_at(args, s, head, query);
-  const float delta = load(call.grads.delta + at) +  // -dlse
-                      dot(row_at<const T>(args.out, s.b, head, s.query_start + query),
-                          row_at<const T>(call.grads.dout, s.b, head, s.query_start + query),
-                          static_cast<int>(args.Dv), out_aligned && call.dout_aligned);
+  float delta = load(call.grads.delta + at);  // -dlse
+  if (!args.dropout)
+    delta +=
+        dot(row_at<const T>(args.out, s.b, head, s.query_start + query),
+            row_at<const T>(call.grads.dout, s.b, head, s.query_start + query),
+            static_cast<int>(args.Dv), out_aligned && call.dout_aligned);
   const float lse = load(args.lse + at), lse_low = load(args.lse_low + at);
   RowStats row{};
   if (lse != -kInf) {
@@ -188,6 +190,21 @@ FASTATTN_DEVICE double block_sum(double x, double* shared) {
   return sum;
 }
 
+// delta of a warp's rows: sums of P * dP, of this lane's columns, are added.
+FASTATTN_DEVICE void write_delta(
+    const AttentionBackward& call, const Sequence& s, int head, int first, const float (&delta)[2],
+    const float (&sums)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float found = delta[r] + row_sum_of(sums[r]);
+    const int query = first + row_of(r);
+    if (query >= s.Sq || lane_index() % 4 != 0) continue;
+    const int64_t at = stats_at(call.args, s, head, query);
+    store(&call.stats[at].delta, found);
+    store(call.grads.delta + at, found);
+  }
+}
+
 template <class T, int COLS, bool PLAIN>
 __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
     attention_bwd_queries_kernel(const __grid_constant__ AttentionBackward call) {
@@ -243,7 +260,9 @@ __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
   for (int r = 0; r < 2; ++r)
     if (query + row_of(r) < s.Sq)
       stats[r] = load(call.stats + stats_at(args, s, head, query + row_of(r)));
-  float dslope = 0.f;
+  float dslope = 0.f, delta[2] = {stats[0].delta, stats[1].delta}, sums[2] = {};
+  const bool finds_delta = !PLAIN && call.finds_delta;
+  if (finds_delta) stats[0].delta = stats[1].delta = 0.f;
 
 #pragma unroll 1
   for (int visit = 0; visit < walk.count(); ++visit) {
@@ -266,6 +285,10 @@ __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
           [&](int n, int c) { return key + col_of(n, c); });
     grade<T, PLAIN, false>(
         scores, dweights, args, philox, s, unit, place, [&](int r, int, int) { return stats[r]; });
+    if (finds_delta) {
+      for_each(dweights, [&](int r, int, int, float& x) { sums[r] += x; });
+      continue;
+    }
     if (!PLAIN && call.slope_shares != nullptr)
       for_each(dweights, [&](int r, int n, int c, float& x) {
         const Place p = place(r, n, c);
@@ -278,6 +301,10 @@ __global__ void __launch_bounds__(BackwardShape<T, COLS>::kThreads)
   }
   wait_copies<0>();
   __syncthreads();  // without a visit, queries are still on their way
+  if (finds_delta) {
+    write_delta(call, s, head, query, delta, sums);
+    return;
+  }
 
   if (grads.dquery.data != nullptr)
     write_rows<T>(
@@ -343,6 +370,7 @@ static AttentionBackward attention_backward(
       nullptr,
       nullptr,
       is_modified(args),
+      false,
       of_queries(args.query),
       of_keys(args.key),
       of_keys(args.value),
@@ -370,6 +398,8 @@ static void launch_keys(const AttentionBackward& call) {
 
 template <class T, int COLS, bool PLAIN>
 static void launch_queries(const AttentionBackward& call) {
+  if (call.grads.dquery.data == nullptr && call.slope_shares == nullptr && !call.finds_delta)
+    return;
   using Shape = BackwardShape<T, COLS>;
   const AttentionArgs& args = call.args;
   const int64_t blocks = cuts(args.Sq, Shape::kHeld), heads = args.B * args.Hq;
@@ -377,7 +407,7 @@ static void launch_queries(const AttentionBackward& call) {
       "attention_bwd_queries", attention_bwd_queries_kernel<T, COLS, PLAIN>,
       dim3(static_cast<unsigned>(blocks * heads)), dim3(Shape::kThreads), Shape::kShared,
       current_stream(), call);
-  if (call.slope_shares != nullptr)
+  if (call.slope_shares != nullptr && !call.finds_delta)
     launch(
         "attention_slopes", attention_slopes_kernel, dim3(static_cast<unsigned>(cuts(heads, 128))),
         dim3(128), 0, current_stream(), call.slope_shares, call.grads.slope_sums, blocks, heads);
@@ -386,8 +416,12 @@ static void launch_queries(const AttentionBackward& call) {
 template <class T, int COLS, bool PLAIN>
 static void launch_form(const AttentionBackward& call) {
   const AttentionGradients& grads = call.grads;
-  if (grads.dquery.data != nullptr || call.slope_shares != nullptr)
-    launch_queries<T, COLS, PLAIN>(call);
+  if constexpr (!PLAIN) {
+    AttentionBackward before = call;
+    before.finds_delta = true;
+    if (call.args.dropout) launch_queries<T, COLS, PLAIN>(before);
+  }
+  launch_queries<T, COLS, PLAIN>(call);
   if constexpr (COLS <= 128) {
     if (grads.dkey.data != nullptr || grads.dvalue.data != nullptr)
       launch_keys<T, COLS, PLAIN, Wanted::both>(call);

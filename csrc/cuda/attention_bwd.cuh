@@ -2,6 +2,9 @@
 //
 //   dS = P * (dP - delta);  dV = dropout(P)^T dO;  dK = scale dS^T Q;  dQ = scale dS K
 //
+// With dropout delta is sum(P * dP) - dlse, as O was rounded after its scaling by 1 / (1 - p):
+// where a row sees one key, dS would be a rounding of dP in place of 0.
+//
 // What its kernels share: a block holds tiles of one side (queries or keys) and walks those of the
 // other, two visits' copies under way at a time.
 #pragma once
@@ -22,6 +25,7 @@ struct AttentionBackward {
   RowStats* stats;       // laid out as lse
   double* slope_shares;  // (blocks of queries, B, Hq), or null
   bool modified;         // scores are more than scaled products
+  bool finds_delta;      // the pass before the others, with dropout
   bool query_aligned, key_aligned, value_aligned, dout_aligned;
   bool dquery_aligned, dkey_aligned, dvalue_aligned;
 };
@@ -66,7 +70,8 @@ FASTATTN_DEVICE void grade(
     float &x = scores.at(r, n, c), &d = dweights.at(r, n, c);
     const RowStats row = stats(r, n, c);
     const float weight = exp2_fast(exponent<T>(x, unit, row.lse) - row.lse_low);
-    d = weight * (d * factor - row.delta);
+    const float dropped = fmaf(d, factor, 0.f);  // rounded here: delta is a sum of these
+    d = weight * (dropped - row.delta);
     x = weight * factor;
   };
   if (PLAIN || !args.dropout)
