@@ -13,8 +13,9 @@ from fastattn.verify.judge import DTYPES, judge, run
 
 from . import pick
 
-ATTENTION = pick.of("attention")
-BY_ID = {case.id: case for case in ATTENTION}
+BY_ID = {case.id: case for case in pick.of("attention")}
+LARGE = [case for case in BY_ID.values() if case.name == "300x520"]  # as long as twenty others
+OTHERS = [case for case in BY_ID.values() if case not in LARGE]
 
 
 def check(case, dtype, device):
@@ -24,14 +25,21 @@ def check(case, dtype, device):
         assert "cuda: heads of up to 256 channels, got 320" in verdict.declined
 
 
-@pick.in_one_dtype(ATTENTION)
+@pick.in_one_dtype(OTHERS)
 def test_case(case, dtype, device):
     check(case, dtype, device)
 
 
 @pytest.mark.slow
-@pick.in_the_others(ATTENTION)
+@pick.in_the_others(OTHERS)
 def test_case_in_another_dtype(case, dtype, device):
+    check(case, dtype, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE, ids=pick.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=pick.name)
+def test_large_case(case, dtype, device):
     check(case, dtype, device)
 
 
