@@ -160,7 +160,7 @@ def readable(mangled: str) -> str:
     text = ctypes.string_at(found).decode()
     ctypes.CDLL(None).free(ctypes.c_void_p(found))
     text = re.sub(r"fastattn::(cuda::)?|^void ", "", text)
-    return re.sub(r"\((?:int|bool|unsigned int)\)", "", text).rpartition("(")[0]
+    return re.sub(r"\([\w ]+\)(?=-?\d)", "", text).rpartition("(")[0]
 
 
 # ---- budgets ---------------------------------------------------------------------------------

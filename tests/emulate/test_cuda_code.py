@@ -1,12 +1,13 @@
 """csrc/cuda compiled by nvcc, without a GPU: registers, spills, accesses and loops against budgets."""
 
 import json
+import subprocess
 
 import pytest
 from typer.testing import CliRunner
 
 from fastattn.cli import app
-from fastattn.emulate import cuda_code
+from fastattn.emulate import cuda_code, cuda_host
 
 if cuda_code.nvcc() is None:
     pytest.skip(
@@ -71,6 +72,46 @@ def test_the_command_prints_them(quick):
     assert len(json.loads(done.stdout)["kernels"]) == len(quick)
     wrong = CliRunner().invoke(app, ["compile", "--backend", "cuda", "--target", "gfx942"])
     assert wrong.exit_code == 2
+
+
+LAUNCHES = """
+#include "csrc/cuda/device.h"
+#include <cstdio>
+namespace fastattn {
+Stream current_stream() { return nullptr; }
+}
+__global__ void nothing(int) {}
+int main() {
+  try {
+    fastattn::launch("nothing", nothing, dim3(3, 2), dim3(64), 1024, fastattn::current_stream(), 1);
+  } catch (const std::exception& error) {
+    std::puts(error.what());
+  }
+}
+"""
+
+
+def test_a_launch_that_fails_names_kernel_and_shape(tmp_path):
+    """Here there is no GPU, so any launch fails."""
+    (tmp_path / "launches.cu").write_text(LAUNCHES)
+    root = cuda_host.csrc().parent
+    command = [
+        cuda_code.nvcc(),
+        "-std=c++20",
+        "-arch=sm_80",
+        f"-I{root}",
+        "launches.cu",
+        "-o",
+        "launches",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    said = subprocess.run(
+        [tmp_path / "launches"], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert said.startswith(
+        "fastattn: nothing, grid (3, 2, 1), block (64, 1, 1), 1024 bytes of shared memory: "
+    )
 
 
 @pytest.mark.slow
