@@ -19,7 +19,7 @@ needs_nvcc = pytest.mark.skipif(
 
 
 class Kernel(NamedTuple):
-    """name: as mangled. wide: 16-byte accesses to global memory, loads and stores."""
+    """name: as mangled; stack: bytes; code: counts of instructions, "LDG.E.128" for one."""
 
     name: str
     registers: int
@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
 
 @functools.cache
 def compiled(file, architecture, folder):
-    """The kernels of csrc/cuda/<file>, without the memory of an earlier run."""
+    """The kernels of csrc/cuda/<file>; folder is for the cubin."""
     source, cubin = cuda_host.csrc() / "cuda" / file, folder / f"{file}-{architecture}.cubin"
     nvcc = ["nvcc", "-O3", "-std=c++20", f"-arch={architecture}", "-cubin", "-o", cubin, source]
     subprocess.run(nvcc, check=True, capture_output=True)
