@@ -134,3 +134,28 @@ def test_plain_attention_does_not_spill_and_is_made_of_tensor_cores(target):
     assert halves and all(r.mma and r.async_ and r.matrices for r in halves)
     narrow = [r for r in plain if ", 256," not in r.name]
     assert {r.id: r.local for r in narrow if r.local} == {}
+
+
+ROWS = ("norm", "cross_entropy", "softmax", "activation", "rotary", "cache")
+
+
+def reads_entries(kernel):
+    """By entries: rows that are no multiple of 16 bytes (N = 1), where neighbouring threads read
+    neighbours; columns of partial sums; gradients of angles."""
+    return ", 1>" in kernel.name or kernel.name.startswith(("sum_chunks", "rotary_tables"))
+
+
+def check_rows(targets, stems):
+    rows = cuda_code.compile_all(targets, stems)
+    assert {r.id for r in rows if r.local or r.stack} == set()
+    assert {r.id for r in rows if not r.wide and not reads_entries(r)} == set()
+
+
+def test_new_tokens_do_not_spill_and_move_sixteen_bytes_at_a_time():
+    check_rows(["sm_80"], ["cache"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", cuda_code.TARGETS)
+def test_no_row_kernel_spills_and_all_move_sixteen_bytes_at_a_time(target):
+    check_rows([target], ROWS)
