@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: all verify test test-all sanitize lint format clean
 
