@@ -153,4 +153,5 @@ def test_decoding_over_a_cache(page_size, Sq, backend, device):
         out, lse = fa.attention_decode(q, cache, **options, backend=name)
         results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), q)])
     for found, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted, atol=2e-6, rtol=2e-6)
+        largest = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(found, wanted, atol=2e-6 * largest, rtol=0)
