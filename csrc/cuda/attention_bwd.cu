@@ -363,7 +363,7 @@ static AttentionBackward attention_backward(
   const auto of_queries = [&](const Heads& x) {
     return is_aligned<T>(x, args.B, args.Hq, args.Sq);
   };
-  const auto of_keys = [&](const Heads& x) { return is_aligned<T>(x, args.B, args.Hkv, args.Sk); };
+  const auto of_keys = [&](const Heads& x) { return are_keys_aligned<T>(args, x); };
   return {
       args,
       grads,

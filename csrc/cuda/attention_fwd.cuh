@@ -45,8 +45,8 @@ AttentionForward attention_forward(const AttentionArgs& args) {
   call.args = args;
   call.modified = is_modified(args);
   call.query_aligned = is_aligned<T>(args.query, args.B, args.Hq, args.Sq);
-  call.key_aligned = is_aligned<T>(args.key, args.B, args.Hkv, args.Sk);
-  call.value_aligned = is_aligned<T>(args.value, args.B, args.Hkv, args.Sk);
+  call.key_aligned = are_keys_aligned<T>(args, args.key);
+  call.value_aligned = are_keys_aligned<T>(args, args.value);
   call.out_aligned = is_aligned<T>(args.out, args.B, args.Hq, args.Sq);
   call.together = 1;
   return call;

@@ -299,13 +299,17 @@ FASTATTN_DEVICE void copy_keys(
   });
 }
 
-// Whether rows of a tensor can be copied 16 bytes at a time; `outer`: sizes of its batch, heads and
-// rows.
+// Whether rows of a (B, H, S, ...) tensor can be copied 16 bytes at a time.
 template <class T>
 bool is_aligned(const Heads& x, int64_t B, int64_t H, int64_t S) {
   const int64_t entries = 16 / sizeof(T);
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (B <= 1 || x.batch % entries == 0) &&
          (H <= 1 || x.head % entries == 0) && (S <= 1 || x.row % entries == 0);
+}
+template <class T>
+bool are_keys_aligned(const AttentionArgs& args, const Heads& x) {
+  const bool paged = args.paging.table != nullptr;  // then one sequence has many pages
+  return is_aligned<T>(x, paged ? 2 : args.B, args.Hkv, args.Sk);
 }
 
 }  // namespace fastattn::cuda

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import fastattn as fa
 from fastattn.emulate import cuda_host
 from fastattn.verify.cases import attention
 from fastattn.verify.judge import DTYPES, judge, run
@@ -48,6 +49,21 @@ def test_large_case(case, dtype, device):
 def test_wide_heads(D, Dv, dtype, device):
     case = attention("wide", f"{D} {Dv}", D=D, Dv=Dv, Sq=40, Sk=70, causal=True, B=1, Hq=2, Hkv=1)
     check(case, dtype, device)
+
+
+@pytest.mark.parametrize("Sq", [1, 20])
+def test_pages_that_are_not_multiples_of_16_bytes_apart(Sq, device):
+    torch.manual_seed(0)
+    options = {"dtype": torch.bfloat16, "device": device}
+    cache = fa.KVCache(1, 1, 16, max_length=40, page_size=8, **options)
+    pages = torch.zeros(2, len(cache.key), 8 * 16 + 1, **options)[..., :-1].unflatten(
+        -1, (8, 1, 16)
+    )
+    cache._pool.key, cache._pool.value = pages
+    cache.append(torch.randn(1, 1, 37, 16, **options), torch.randn(1, 1, 37, 16, **options))
+    q = torch.randn(1, 2, Sq, 16, **options)
+    found, wanted = (fa.attention_decode(q, cache, backend=b) for b in ("cuda", "reference"))
+    torch.testing.assert_close(found, wanted, atol=8e-3, rtol=0)
 
 
 # ---- what only the model of a GPU can tell --------------------------------------------------------
