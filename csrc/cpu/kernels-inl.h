@@ -9,6 +9,7 @@
 #include "attention_sinks-inl.h"
 #include "activation-inl.h"
 #include "cross_entropy-inl.h"
+#include "fma_loop-inl.h"
 #include "matmul-inl.h"
 #include "norm-inl.h"
 #include "rotary-inl.h"
@@ -19,6 +20,8 @@ namespace fastattn::FASTATTN_ISA {
 const IsaKernels kernels = {
     .isa = FASTATTN_STRING(FASTATTN_ISA),
     .lanes = kLanes,
+    .fma_loop = fma_loop,
+    .fma_loop_flops = kFmaLoopFlops,
     .table =
         {
             .attention_fwd = attention_fwd,

@@ -11,6 +11,8 @@ namespace fastattn {
 struct IsaKernels {
   const char* isa;
   int lanes;
+  float (*fma_loop)(int64_t steps);  // for benchmarks: the ceiling of one core
+  double fma_loop_flops;             // of one step
   Kernels table;
 };
 

@@ -83,6 +83,14 @@ static PyObject* use_isa(PyObject*, PyObject* name) {
   return PyBool_FromLong(done);
 }
 
+static PyObject* fma_loop(PyObject*, PyObject* arguments) {
+  long long tasks, steps;
+  if (!PyArg_ParseTuple(arguments, "LL", &tasks, &steps)) return nullptr;
+  static std::atomic<float> result;  // or the loops would be dead code
+  fastattn::parallel_tasks(tasks, [&](int64_t) { result = fastattn::isa().fma_loop(steps); });
+  return PyFloat_FromDouble(fastattn::isa().fma_loop_flops * tasks * steps);
+}
+
 #if !defined(FASTATTN_CUDA_ARCHITECTURES)
 #define FASTATTN_CUDA_ARCHITECTURES ""
 #endif
@@ -94,6 +102,8 @@ static PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS,
      "What the CUDA kernels were compiled for, with spaces between; empty without them."},
+    {"fma_loop", fma_loop, METH_VARARGS,
+     "(tasks, steps) -> flops: tasks on torch's threads of nothing but multiply-adds."},
     {"isas", isas, METH_NOARGS, "[(name, lanes, whether this processor runs it)]."},
     {"use_isa", use_isa, METH_O, "Uses another set from now on; False where it cannot."},
     {}};

@@ -37,6 +37,13 @@ def isas() -> list[InstructionSet]:
     return [InstructionSet(*row) for row in fastattn._C.isas()]
 
 
+def fma_loop(tasks: int, steps: int) -> float:
+    """Runs tasks of nothing but multiply-adds on torch's threads; the operations that it took."""
+    import fastattn._C
+
+    return float(fastattn._C.fma_loop(tasks, steps))
+
+
 def cuda_architectures() -> list[str]:
     """What the CUDA kernels of this build were compiled for, as "80" or "120"; none without them."""
     try:
