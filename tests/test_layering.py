@@ -1,4 +1,4 @@
-"""Imports go one way: kernels <- emulate <- registry <- ops <- nn <- models <- verify, train <- cli."""
+"""Imports go one way: kernels <- emulate <- registry <- ops <- nn <- models <- verify <- train, bench <- cli."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,18 @@ from pathlib import Path
 import fastattn
 
 PACKAGE = Path(fastattn.__file__).parent
-LAYERS = ["kernels", "emulate", "registry", "ops", "nn", "models", "verify", "train", "cli"]
+LAYERS = [
+    "kernels",
+    "emulate",
+    "registry",
+    "ops",
+    "nn",
+    "models",
+    "verify",
+    "train",
+    "bench",
+    "cli",
+]
 
 
 def imported_modules(path: Path) -> set[str]:

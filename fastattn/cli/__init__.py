@@ -1,9 +1,10 @@
-"""The command line: fastattn info, verify, compile. Results on stdout, everything else on stderr."""
+"""The command line: fastattn info, verify, bench, compile. Results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .compile import compile_
 from .info import info
 from .verify import verify
@@ -16,4 +17,5 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(verify)
+app.command()(bench)
 app.command("compile")(compile_)

@@ -92,7 +92,12 @@ def baselines(
 
 
 def run(
-    case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", exact: bool = False
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    exact: bool = False,
+    gradients: bool = True,
 ) -> dict[str, Tensor]:
     """Outputs, and the gradients ("d name") of a fixed random function of them, on the CPU; exact: in
     fp64, from inputs rounded to dtype."""
@@ -104,6 +109,9 @@ def run(
             x = (x.double() if exact else x).requires_grad_()
         inputs[name] = x
     outputs = case.call(inputs, backend, torch.Generator(device).manual_seed(7))
+    result = {f"output {i}": out.detach().cpu() for i, out in enumerate(outputs)}
+    if not gradients:
+        return result
     generator = torch.Generator().manual_seed(8)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for out in outputs:
@@ -113,7 +121,6 @@ def run(
         loss = loss + (finite * weight).sum()
     leaves = {name: x for name, x in inputs.items() if x.requires_grad}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    result = {f"output {i}": out.detach().cpu() for i, out in enumerate(outputs)}
     for (name, x), grad in zip(leaves.items(), grads, strict=True):
         result[f"d {name}"] = (torch.zeros_like(x) if grad is None else grad).detach().cpu()
     return result

@@ -1,0 +1,57 @@
+"""Mean cross-entropy of R rows of V logits. Bytes count: the logits read, and their gradient written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastattn as fa
+
+from ..peers import compiled, needing
+from ..workload import NAIVE, OURS, Call, Contestant, Cost, Inputs, Setting, Workload, direct
+
+
+def naive(logits: Tensor, target: Tensor) -> Tensor:
+    logits = logits - logits.amax(-1, keepdim=True)
+    losses = logits.exp().sum(-1).log() - logits.gather(-1, target[:, None])[:, 0]
+    return losses.mean()
+
+
+def torchs(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
+
+
+def liger(x: Inputs) -> Call:
+    """It writes the gradient over its logits, which are then no longer everyone's: a copy is its own."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return lambda: liger_cross_entropy(x["logits"].clone(), x["target"])
+
+
+def workloads(setting: Setting) -> Iterator[Workload]:
+    for V in setting.pick((50257,), (32000, 50257, 128256), (32000, 50257, 128256)):
+        yield workload(setting, setting.pick(128, 1024, 8192), V)
+
+
+def workload(setting: Setting, R: int, V: int) -> Workload:
+    def make() -> Inputs:
+        return {
+            "logits": torch.randn(R, V, dtype=torch.float64) * 3,
+            "target": torch.randint(V, (R,)),
+        }
+
+    tensor = R * V * setting.dtype.itemsize
+    return Workload(
+        "cross_entropy", "mean", {"R": R, "V": V}, setting.dtype, setting.device,
+        Cost(4.0 * R * V, tensor, 4.0 * R * V, 2 * tensor), "bytes", make,
+        (
+            Contestant(OURS, direct(fa.cross_entropy)),
+            Contestant(NAIVE, direct(naive)),
+            Contestant("torch", direct(torchs)),
+            compiled(naive, setting),
+            Contestant("liger", needing("liger_kernel", setting, liger)),
+        ),
+    )  # fmt: skip

@@ -1,0 +1,283 @@
+"""Runs a workload: everyone is judged, those that are right are timed in turns, then weighed.
+
+Right means the error rule of verify/judge.py; who is wrong is never timed. In a round everyone is run
+once, in an order that changes from round to round, so that what disturbs one disturbs all, and a ratio
+is the median over rounds of the two times of a round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+from ..verify.cases import Case
+from ..verify.judge import ratio, run
+from ..verify.models import resident_bytes
+from .ceiling import Clock
+from .peers import first_line
+from .workload import DIRECTIONS, NAIVE, OURS, Call, Contestant, Inputs, Refusal, Workload
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+SAMPLE = 2e-3  # seconds: shorter calls are repeated within a round until they take so long
+# what a library raises that cannot make a call
+REFUSALS = (Refusal, RuntimeError, ValueError, TypeError, NotImplementedError, ImportError)
+
+
+@dataclass
+class Row:
+    """One contestant's result. Seconds are of one call: the median and the quartiles over rounds. bytes:
+    memory at its peak over what was there before, results included; None where
+    that cannot be seen. error: over the allowance, at most
+    1. ratios: how many times as long each other contestant took."""
+
+    family: str
+    case: str
+    sizes: dict[str, int]
+    dtype: str
+    direction: str
+    contestant: str
+    seconds: float
+    low: float
+    high: float
+    rounds: int
+    flops: float
+    moved: float
+    bound: str
+    bytes: int | None
+    error: float
+    ratios: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Absent:
+    """Who was not timed, and why; `wrong` where the reason is its result."""
+
+    family: str
+    case: str
+    sizes: dict[str, int]
+    dtype: str
+    contestant: str
+    reason: str
+    wrong: bool = False
+    directions: tuple[str, ...] = DIRECTIONS
+
+
+@dataclass
+class Entrant:
+    """A contestant that is ready to run in one direction."""
+
+    contestant: Contestant
+    call: Call
+    direction: str
+    leaves: list[Tensor]
+    clock: Clock
+    dout: Tensor | None = None
+    repeats: int = 1
+
+    def once(self) -> float:
+        """Seconds of one call, the part that is not asked for left out."""
+        if self.direction == "forward":
+            with torch.no_grad():
+                start = self.clock()
+                self.call()
+                return self.clock() - start
+        start = self.clock()
+        out = self.call()
+        if self.direction == "backward":
+            start = self.clock()
+        torch.autograd.grad(out, self.leaves, self.weight(out), allow_unused=True)
+        return self.clock() - start
+
+    def weight(self, out: Tensor) -> Tensor:
+        """The gradient that the output is given, made once."""
+        if self.dout is None:
+            self.dout = torch.ones_like(out)
+        return self.dout
+
+    def sample(self) -> float:
+        with self.contestant.context():
+            return sum(self.once() for _ in range(self.repeats)) / self.repeats
+
+    def peak(self, device: str) -> int:
+        with self.contestant.context(), torch.set_grad_enabled(self.direction != "forward"):
+            out = self.call() if self.direction == "backward" else None
+            start = memory(device, reset=True)
+            if out is None:
+                out = self.call()
+            if self.direction != "forward":
+                kept = torch.autograd.grad(out, self.leaves, self.weight(out), allow_unused=True)
+                del kept
+            return max(memory(device, peak=True) - start, 0)
+
+
+def memory(device: str, peak: bool = False, reset: bool = False) -> int:
+    """Bytes in use, now or at the peak since the last reset."""
+    if torch.device(device).type != "cpu":
+        module = torch.get_device_module(torch.device(device).type)
+        if reset:
+            module.reset_peak_memory_stats(device)
+        return int(module.max_memory_allocated(device) if peak else module.memory_allocated(device))
+    if reset:
+        gc.collect()
+        give_back_freed_memory()
+    return resident_bytes(peak, reset)
+
+
+def give_back_freed_memory() -> None:
+    """Memory that was freed and kept would be used again unseen. glibc's; others have no such word."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# ---- right or wrong -----------------------------------------------------------------------------
+
+
+def judged(workload: Workload) -> Iterator[tuple[Contestant, float | str]]:
+    """Every contestant with its error over the allowance, or its reason for not taking part."""
+    truth, naive = (outcome(workload, naive_of(workload), exact) for exact in (True, False))
+    for contestant in workload.contestants:
+        try:
+            found = outcome(workload, contestant, exact=False)
+        except REFUSALS as error:
+            yield contestant, first_line(error)
+            continue
+        yield (
+            contestant,
+            max(ratio(found[n], truth[n], naive[n], workload.dtype) for n in found),
+        )
+
+
+def naive_of(workload: Workload) -> Contestant:
+    found = next(c for c in workload.contestants if c.name == NAIVE)
+    in_parts = workload.judged_naive
+    return Contestant(NAIVE, lambda x: lambda: in_parts(x)) if in_parts else found
+
+
+def outcome(workload: Workload, contestant: Contestant, exact: bool) -> dict[str, Tensor]:
+    """Output, and gradients where there are any, of the judged inputs."""
+    case = Case(
+        workload.family, workload.case, "", lambda: workload.inputs(judged=True),
+        lambda x, backend, generator: (contestant.bind(x)(),), workload.keep,
+    )  # fmt: skip
+    gradients = contestant.backward and workload.directions != ("forward",)
+    with contestant.context():
+        return run(case, workload.dtype, "", workload.device, exact, gradients)
+
+
+# ---- how long, and how much memory --------------------------------------------------------------
+
+
+def measure(
+    workload: Workload, clock: Clock, budget: float, tell: Callable[[str], None] = lambda what: None
+) -> tuple[list[Row], list[Absent]]:
+    """Rows and absences of one workload. budget: seconds that each direction's rounds may take."""
+    tell("judging")
+    absent, right = [], {}
+    for contestant, found in judged(workload):
+        if isinstance(found, str):
+            absent.append(missing(workload, contestant, found))
+        elif not found <= 1:
+            reason = f"wrong, and so not timed: {found:.3g} times the allowed error"
+            absent.append(missing(workload, contestant, reason, wrong=True))
+        else:
+            right[contestant.name] = (contestant, found)
+    inputs = on_device(workload)
+    rows = []
+    for direction in workload.directions:
+        tell(direction)
+        entrants = ready(workload, direction, [c for c, _ in right.values()], inputs, clock, absent)
+        times = take_turns(entrants, budget)
+        for name, entrant in entrants.items():
+            weighs = entrant.contestant.weighs
+            peak = entrant.peak(workload.device) if weighs else None
+            rows.append(as_row(workload, direction, name, times, peak, right[name][1]))
+    return rows, absent
+
+
+def missing(
+    workload: Workload, contestant: Contestant, reason: str, wrong: bool = False,
+    directions: tuple[str, ...] | None = None,
+) -> Absent:  # fmt: skip
+    return Absent(
+        workload.family, workload.case, workload.sizes, dtype_name(workload), contestant.name, reason,
+        wrong, directions or workload.directions,
+    )  # fmt: skip
+
+
+def on_device(workload: Workload) -> Inputs:
+    inputs = {}
+    for name, x in workload.inputs().items():
+        if x.is_floating_point():
+            dtype = torch.float32 if name in workload.keep else workload.dtype
+            x = x.to(workload.device, dtype).requires_grad_()
+        inputs[name] = x.to(workload.device)
+    return inputs
+
+
+def ready(
+    workload: Workload, direction: str, contestants: list[Contestant], inputs: Inputs, clock: Clock,
+    absent: list[Absent],
+) -> dict[str, Entrant]:  # fmt: skip
+    """Who has made the call once, of the size that is timed; the others join the absent."""
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    entrants = {}
+    for contestant in contestants:
+        if direction != "forward" and not contestant.backward:
+            absent.append(missing(workload, contestant, "forward only", directions=(direction,)))
+            continue
+        try:
+            entrant = Entrant(contestant, contestant.bind(inputs), direction, leaves, clock)
+            entrant.sample()
+        except REFUSALS as error:
+            reason = first_line(error)
+            absent.append(missing(workload, contestant, reason, directions=(direction,)))
+            continue
+        entrants[contestant.name] = entrant
+    return entrants
+
+
+def take_turns(entrants: dict[str, Entrant], budget: float) -> dict[str, list[float]]:
+    """Seconds of everyone in every round. A round before the first tells how long one takes."""
+    cost = 0.0
+    for entrant in entrants.values():
+        seconds = entrant.sample()
+        entrant.repeats = max(1, min(1000, math.ceil(SAMPLE / max(seconds, 1e-9))))
+        cost += seconds * entrant.repeats
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(cost, 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in entrants}
+    names = list(entrants)
+    for at in range(rounds):
+        first = at % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            times[name].append(entrants[name].sample())
+    return times
+
+
+def as_row(
+    workload: Workload, direction: str, name: str, times: dict[str, list[float]], peak: int | None,
+    error: float,
+) -> Row:  # fmt: skip
+    own = times[name]
+    low, _, high = quantiles(own, n=4)
+    flops, moved = workload.cost.of(direction)
+    ratios = {
+        other: median(theirs / mine for theirs, mine in zip(times[other], own, strict=True))
+        for other in times
+        if other != name and OURS in (name, other)
+    }
+    return Row(
+        workload.family, workload.case, workload.sizes, dtype_name(workload), direction, name,
+        median(own), low, high, len(own), flops, moved, workload.bound, peak, error, ratios,
+    )  # fmt: skip
+
+
+def dtype_name(workload: Workload) -> str:
+    return str(workload.dtype).removeprefix("torch.")

@@ -1,0 +1,228 @@
+"""A run as data: what was measured, on what machine, with which versions; and two runs compared."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import __version__, registry
+from ..kernels import native
+from .harness import Absent, Row
+from .workload import NAIVE, OURS
+
+FORMAT = 1
+PACKAGES = (
+    "torch", "triton", "transformers", "onnxruntime", "flash-attn", "xformers", "liger-kernel",
+)  # fmt: skip
+# A change is beyond noise where the quartiles of the two runs do not meet and it is larger than this.
+NOISE = 0.05
+
+
+@dataclass
+class Results:
+    """ceilings: by dtype, what ceiling.py found."""
+
+    rows: list[Row] = field(default_factory=list)
+    absent: list[Absent] = field(default_factory=list)
+    ceilings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> list[Absent]:
+        return [a for a in self.absent if a.wrong]
+
+    def percent(self, row: Row) -> float:
+        """Of the ceiling of this run, in what the work is measured in."""
+        ceiling = self.ceilings[row.dtype]
+        return 100 * rate(row) / float(ceiling[row.bound])
+
+    def growth(self) -> list[Growth]:
+        """How time and memory of one sequence grow with S, where there are several S."""
+        series: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            if "S" in row.sizes:
+                others = tuple((n, s) for n, s in row.sizes.items() if n not in ("B", "S"))
+                key = (row.family, row.case, others, row.dtype, row.direction, row.contestant)
+                series.setdefault(key, []).append(row)
+        return [
+            Growth(family, case, dict(sizes), dtype, direction, contestant,
+                   exponent(rows, "seconds"), exponent(rows, "bytes"))
+            for (family, case, sizes, dtype, direction, contestant), rows in series.items()
+            if family != "models" and len({row.sizes["S"] for row in rows}) > 1
+        ]  # fmt: skip
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [
+            {**asdict(row), "rate": rate(row), "percent_of_ceiling": self.percent(row)}
+            for row in self.rows
+        ]
+        return {
+            "format": FORMAT, **self.about, "ceilings": self.ceilings, "rows": rows,
+            "absent": [asdict(a) for a in self.absent],
+            "growth": [g._asdict() for g in self.growth()],
+        }  # fmt: skip
+
+
+class Growth(NamedTuple):
+    """Exponents p of S^p; None where memory is too little to tell."""
+
+    family: str
+    case: str
+    sizes: dict[str, int]
+    dtype: str
+    direction: str
+    contestant: str
+    time: float | None
+    memory: float | None
+
+
+def rate(row: Row) -> float:
+    """Operations or bytes a second."""
+    return (row.flops if row.bound == "flops" else row.moved) / row.seconds
+
+
+def exponent(rows: Sequence[Row], what: str) -> float | None:
+    """The slope of log(what / B) over log(S), by least squares."""
+    x = [math.log(row.sizes["S"]) for row in rows]
+    amounts = [getattr(row, what) or 0 for row in rows]
+    # below a megabyte it is the noise of pages that one would see
+    if min(amounts) < (1e6 if what == "bytes" else 1e-12):
+        return None
+    y = [math.log(a / row.sizes.get("B", 1)) for a, row in zip(amounts, rows, strict=True)]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
+
+
+# ---- on file ------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Results:
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"{path} does not hold results of fastattn bench, format {FORMAT}")
+    names = set(Row.__dataclass_fields__)
+    rows = [Row(**{n: v for n, v in row.items() if n in names}) for row in data["rows"]]
+    absent = [Absent(**{**a, "directions": tuple(a["directions"])}) for a in data["absent"]]
+    apart = ("format", "ceilings", "rows", "absent", "growth")
+    about = {n: v for n, v in data.items() if n not in apart}
+    return Results(rows, absent, data["ceilings"], about)
+
+
+def about(device: str, quick: bool) -> dict[str, Any]:
+    """Where and with what this run was made."""
+    return {
+        "fastattn": __version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "quick": quick,
+        "device": device_name(device),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": native.isa() if registry.usable()["cpu"] is None else None,
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str) -> str:
+    kind = torch.device(device).type
+    return device if kind == "cpu" else torch.get_device_module(kind).get_device_name(device)
+
+
+def machine() -> dict[str, Any]:
+    """Linux tells the processor and what it can; elsewhere what Python knows."""
+    found: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or None,
+        "flags": [],
+    }
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        pairs = {name.strip(): value.strip() for name, value in lines}
+        found["processor"] = pairs.get("model name", found["processor"])
+        flags = pairs.get("flags", pairs.get("Features", "")).split()
+        found["flags"] = sorted(flag for flag in flags if flag.startswith(VECTOR_FLAGS))
+    return found
+
+
+VECTOR_FLAGS = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")
+
+
+def commit() -> str | None:
+    """Of the working tree that this package lies in, if it does; `+` where it was changed."""
+    asked = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            [*asked, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        inside = Path(run("rev-parse", "--show-toplevel")) == Path(__file__).parents[2]
+        head = run("rev-parse", "--short=12", "HEAD")
+        changed = run("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return (head + "+" * bool(changed)) if inside else None
+
+
+# ---- two runs -----------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """factor: how many times as long the second run took; ours over naive, the same of the ratio."""
+
+    row: Row
+    before: Row
+    factor: float
+    relative: float | None
+    beyond_noise: bool
+
+
+def compare(first: Results, second: Results) -> list[Change]:
+    """Every row that both runs have, the largest change first."""
+    before = {identity(row): row for row in first.rows}
+    pairs = [(before[identity(row)], row) for row in second.rows if identity(row) in before]
+    changes = [change(a, b) for a, b in pairs]
+    return sorted(changes, key=lambda c: -abs(math.log(c.factor)))
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    sizes = tuple(row.sizes.items())
+    return row.family, row.case, sizes, row.dtype, row.direction, row.contestant
+
+
+def change(a: Row, b: Row) -> Change:
+    apart = a.high < b.low or b.high < a.low
+    factor = b.seconds / a.seconds
+    relative = None
+    if b.contestant == OURS and NAIVE in a.ratios and NAIVE in b.ratios:
+        relative = a.ratios[NAIVE] / b.ratios[NAIVE]
+    beyond = apart and not 1 / (1 + NOISE) <= factor <= 1 + NOISE
+    return Change(b, a, factor, relative, beyond)
