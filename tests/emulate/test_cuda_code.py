@@ -1,6 +1,7 @@
 """csrc/cuda compiled by nvcc, without a GPU: registers, spills, accesses and loops against budgets."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -49,6 +50,18 @@ def test_a_kernel_over_budget_is_named(quick):
         assert said[2] == f"{row.id}: {2 * row.total} total in what is counted, it had {row.total}"
     (unknown,) = cuda_code.broken([row._replace(name="new_kernel")], HELD)
     assert unknown.startswith("sm_80 new_kernel: has no budget")
+
+
+def test_budgets_allow_no_spill_in_a_plain_kernel_and_know_every_target():
+    """Plain: heads of up to 128 channels in 16 bits and no feature. A spill is local memory."""
+    plain = re.compile(r"attention_\w+_kernel<(bf16|fp16), (64|128)(, \d+)?, true(, \d)?>")
+    found = [name for name in HELD["kernels"] if plain.search(name)]
+    assert {name.split()[0] for name in found} == set(cuda_code.TARGETS)
+    assert len(found) == len(cuda_code.TARGETS) * 3 * 2 * 2
+    for name in found:
+        budget = HELD["kernels"][name]
+        assert "local" not in budget and "stack" not in budget, name
+        assert budget["mma"] and budget["async"] and budget["matrices"], name
 
 
 def test_what_is_recorded_is_kept(quick):
