@@ -1,4 +1,4 @@
-"""The command line: fastattn info, verify, bench, compile. Results on stdout, everything else on stderr."""
+"""fastattn info, verify, bench, plot, compile. Results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from .bench import bench
 from .compile import compile_
 from .info import info
+from .plot import plot
 from .verify import verify
 
 app = typer.Typer(
@@ -18,4 +19,5 @@ app = typer.Typer(
 app.command()(info)
 app.command()(verify)
 app.command()(bench)
+app.command()(plot)
 app.command("compile")(compile_)

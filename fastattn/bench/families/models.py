@@ -149,7 +149,7 @@ def onnx(setting: Setting, heads: int, eps: float, x: Inputs) -> Call:
     frozen = {n: w.detach() for n, w in as_naive(weights).items()}
     inputs = {"ids": ids, "labels": labels}
     program = torch.onnx.export(
-        Twin(heads, eps, frozen), (ids, labels), input_names=list(inputs), output_names=["loss"],
+        Twin(heads, eps, frozen).eval(), (ids, labels), input_names=list(inputs), output_names=["loss"],
         dynamo=True, verbose=False,
     )  # fmt: skip
     if program is None:
