@@ -108,7 +108,8 @@ def run(
             x = x.to(torch.float32 if name in case.keep else dtype)
             x = (x.double() if exact else x).requires_grad_()
         inputs[name] = x
-    outputs = case.call(inputs, backend, torch.Generator(device).manual_seed(7))
+    with torch.set_grad_enabled(gradients):
+        outputs = case.call(inputs, backend, torch.Generator(device).manual_seed(7))
     result = {f"output {i}": out.detach().cpu() for i, out in enumerate(outputs)}
     if not gradients:
         return result
