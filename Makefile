@@ -1,6 +1,7 @@
 # make verify   install into .venv, build the extension, prove the numbers on this machine
 # make test     the same, and the tests;   make test-all   the slow ones too
 # make sanitize the tests again, on an extension built with the address and undefined sanitizers
+# make cuda     the extension with its CUDA kernels for every GPU, where there is an nvcc: it must load here
 # make lint     what CI checks besides;    make format     what the machines settle
 # make clean    forget everything that was built
 #
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: all verify test test-all sanitize lint format clean
+.PHONY: all verify test test-all sanitize cuda lint format clean
 
 all: $(VENV)/.installed
 
@@ -36,6 +37,18 @@ sanitize: $(VENV)/.dev
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(abspath $(BIN))/python -m pytest $(CURDIR)/tests -m "not slow" -p no:cacheprovider \
 	  --ignore $(CURDIR)/tests/emulate --ignore-glob "$(CURDIR)/tests/kernels/*"
+
+cuda: $(VENV)/.installed
+	@if [ -n "$$(command -v nvcc)$$CUDA_HOME" ]; then $(MAKE) --no-print-directory build/cuda; \
+	  else echo "fastattn: no nvcc here: the CUDA kernels were not compiled"; fi
+
+.PHONY: build/cuda
+build/cuda:
+	FASTATTN_BUILD_CUDA=1 $(PIP) --no-build-isolation --no-deps --upgrade --target build/cuda .
+	cd build/cuda && ls -sh fastattn/_C.so && $(abspath $(BIN))/python -c "import fastattn, torch; \
+	  from fastattn.kernels import native; has = torch._C._dispatch_has_kernel_for_dispatch_key; \
+	  assert all(has('fastattn_cuda::%s_%s' % (n, w), 'CUDA') for n in ('attention', 'norm') for w in ('fwd', 'bwd')); \
+	  print('fastattn: CUDA kernels for', *native.cuda_architectures(), 'load with torch', torch.__version__)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
