@@ -12,6 +12,10 @@ import fastattn as fa
 from fastattn.verify.cases import CASES
 from fastattn.verify.judge import run
 
+unsanitized = pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer keeps memory of its own"
+)
+
 
 @pytest.fixture
 def threads():
@@ -326,12 +330,14 @@ assert raised and torch.autograd.grad(out.sum(), q)[0].isfinite().all()
 """
 
 
+@unsanitized
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_no_memory_is_an_error_and_no_deadlock():
     """A chunk that fails never takes its turn at dquery: those behind it must not wait for it."""
     subprocess.run([sys.executable, "-c", NO_MEMORY], check=True, timeout=60)
 
 
+@unsanitized
 def test_nothing_grows_from_call_to_call():
     code = """
 import torch, fastattn as fa
