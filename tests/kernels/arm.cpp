@@ -14,7 +14,7 @@
 
 namespace fastattn {
 
-const Kernels& kernels() { return generic::kernels; }
+const Kernels& kernels() { return generic::kernels.table; }
 
 void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
   for (int64_t task = 0; task < tasks; ++task) body(context, task);
