@@ -58,7 +58,7 @@ class Row:
 
 @dataclass
 class Absent:
-    """Who was not timed, and why; `wrong` where the reason is its result."""
+    """Who was not timed, and why; `wrong` where the reason is its result, or fastattn has an error."""
 
     family: str
     case: str
@@ -183,7 +183,7 @@ def measure(
     absent, right = [], {}
     for contestant, found in judged(workload):
         if isinstance(found, str):
-            absent.append(missing(workload, contestant, found))
+            absent.append(missing(workload, contestant, found, wrong=contestant.name == OURS))
         elif not found <= 1:
             reason = f"wrong, and so not timed: {found:.3g} times the allowed error"
             absent.append(missing(workload, contestant, reason, wrong=True))
@@ -237,8 +237,8 @@ def ready(
             entrant = Entrant(contestant, contestant.bind(inputs), direction, leaves, clock)
             entrant.sample()
         except REFUSALS as error:
-            reason = first_line(error)
-            absent.append(missing(workload, contestant, reason, directions=(direction,)))
+            wrong = contestant.name == OURS
+            absent.append(missing(workload, contestant, first_line(error), wrong, (direction,)))
             continue
         entrants[contestant.name] = entrant
     return entrants

@@ -24,6 +24,16 @@ def test_the_wrong_and_the_absent_are_named_and_never_timed():
     assert {row.direction for row in rows if row.contestant == "half"} == {"forward"}
 
 
+def test_an_error_of_ours_is_wrong_and_not_an_absence():
+    def broken(x):
+        raise RuntimeError("broken\nin detail")
+
+    clock = FakeClock()
+    rows, absent = measure(workload(clock, ours=broken), clock, budget=0.0)
+    assert (OURS, "broken") in {(a.contestant, a.reason) for a in absent if a.wrong}
+    assert OURS not in {row.contestant for row in rows} and len(rows) > 0
+
+
 def test_times_and_ratios_are_medians_over_rounds():
     clock = FakeClock()
     rows, _ = measure(workload(clock), clock, budget=0.0)

@@ -19,7 +19,7 @@ def refusing(x):
     raise Refusal("not here")
 
 
-def workload(clock=None, seconds=(1.0, 2.0, 4.0), S=4, B=1):
+def workload(clock=None, seconds=(1.0, 2.0, 4.0), S=4, B=1, ours=None):
     """double(x): ours, naive, a peer that is right, one that is wrong, one that is absent and one that
     has no backward."""
 
@@ -41,7 +41,7 @@ def workload(clock=None, seconds=(1.0, 2.0, 4.0), S=4, B=1):
         return bind
 
     contestants = (
-        Contestant(OURS, taking(seconds[0], 2.0)),
+        Contestant(OURS, ours or taking(seconds[0], 2.0)),
         Contestant(NAIVE, taking(seconds[1], 2.0)),
         Contestant("peer", taking(seconds[2], 2.0)),
         Contestant("wrong", taking(0.1, 2.01)),

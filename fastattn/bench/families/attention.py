@@ -137,7 +137,10 @@ def flex(x: Inputs, setting: Setting, causal: bool) -> Call:
     visible = lambda b, h, i, j: i >= j  # noqa: E731
     mask = create_block_mask(visible, None, None, S, S, device=device) if causal else None
     run = torch.compile(flex_attention, dynamic=False)
-    return lambda: run(x["query"], x["key"], x["value"], block_mask=mask)
+    q, k, v = x["query"], x["key"], x["value"]
+    if not setting.on_gpu:  # there it has no backward, and refuses tensors that ask for one
+        q, k, v = q.detach(), k.detach(), v.detach()
+    return lambda: run(q, k, v, block_mask=mask)
 
 
 def flash(x: Inputs, causal: bool) -> Call:

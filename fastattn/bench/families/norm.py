@@ -45,7 +45,8 @@ def liger_layer(x: Inputs) -> Call:
 def liger_rms(x: Inputs) -> Call:
     from liger_kernel.transformers.functional import liger_rms_norm
 
-    return lambda: liger_rms_norm(x["x"], x["weight"], 1e-6)
+    # in place it would write over the gradient that it is given, which is everyone's
+    return lambda: liger_rms_norm(x["x"], x["weight"], 1e-6, in_place=False)
 
 
 Forms = tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]
