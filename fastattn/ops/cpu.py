@@ -6,20 +6,8 @@ import torch
 
 from .. import registry
 from ..kernels import native
-from . import activation, attention, cross_entropy, losses, norm, rotary, softmax
-from .operator import Operator
-
-KERNELS: list[tuple[Operator, frozenset[str]]] = [
-    (attention.OPERATOR, attention.FEATURES),
-    (norm.OPERATOR, norm.FEATURES),
-    (softmax.OPERATOR, softmax.FEATURES),
-    (cross_entropy.OPERATOR, frozenset()),
-    (activation.GELU, frozenset({"bias"})),
-    (activation.GLU, frozenset()),
-    (rotary.OPERATOR, rotary.FEATURES),
-    (rotary.TABLES_OPERATOR, rotary.FEATURES),
-]
-
+from . import losses
+from .catalogue import KERNELS
 
 MATMULS = {
     "matmul": "(Tensor a, Tensor b, Tensor? bias) -> Tensor",

@@ -12,20 +12,9 @@ from torch import Tensor
 from .. import registry
 from ..emulate import cuda_host
 from ..kernels import native
-from . import activation, attention, cache, cross_entropy, losses, norm, rotary, softmax
-from .operator import Operator
+from . import attention, gpu, losses
+from .catalogue import KERNELS
 
-KERNELS: list[tuple[Operator, frozenset[str]]] = [
-    (attention.OPERATOR, attention.FEATURES),
-    (norm.OPERATOR, norm.FEATURES),
-    (softmax.OPERATOR, softmax.FEATURES),
-    (cross_entropy.OPERATOR, frozenset()),
-    (activation.GELU, frozenset({"bias"})),
-    (activation.GLU, frozenset()),
-    (rotary.OPERATOR, rotary.FEATURES),
-    (rotary.TABLES_OPERATOR, rotary.FEATURES),
-]
-WIDEST = 256  # channels of a head: more would not fit the registers of a block
 CACHE_APPEND = (
     "(Tensor(a!) key_store, Tensor(b!) value_store, Tensor key, Tensor value, Tensor lengths, "
     "Tensor counts, Tensor? page_table, Tensor? cos, Tensor? sin, bool interleaved) -> ()"
@@ -40,36 +29,8 @@ def declines(*arguments: Any) -> str | None:
     return NOT_BUILT if device == "cuda" and not BUILT else NO_COMPILER if device == "cpu" else None
 
 
-def attention_declines(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:
-    widest = max(query.shape[-1], value.shape[-1])
-    if widest > WIDEST:
-        return f"heads of up to {WIDEST} channels, got {widest}"
-    return declines(query)
-
-
-def append(
-    store: cache.KVCache,
-    key: Tensor,
-    value: Tensor,
-    counts: list[int],
-    tables: tuple[Tensor, Tensor, bool] | None,
-) -> None:
-    """KVCache.append after its checks: keys are turned on their way into the cache."""
-    store.take_pages(counts)
-    cos, sin, interleaved = tables or (None, None, False)
-    new = torch.tensor(counts, dtype=torch.int32, device=key.device)
-    torch.ops.fastattn_cuda.cache_append_(
-        store.key,
-        store.value,
-        key,
-        value,
-        store.lengths,
-        new,
-        store.page_table,
-        cos,
-        sin,
-        interleaved,
-    )
+def attention_declines(*arguments: Any) -> str | None:
+    return gpu.attention_declines(*arguments) or declines(*arguments)
 
 
 def emulate(name: str, schema: str) -> None:
@@ -91,6 +52,7 @@ def bind() -> None:
     emulate("cross_entropy_bwd_", losses.IN_PLACE)
     torch.library.define("fastattn_cuda::cache_append_", CACHE_APPEND)
     emulate("cache_append_", CACHE_APPEND)
+    append = gpu.appending(torch.ops.fastattn_cuda.cache_append_)
     registry.register(
         "cache_append", "cuda", registry.Kernel(append, frozenset(), declines=declines)
     )

@@ -12,21 +12,10 @@ from torch import Tensor
 
 from .. import emulate, registry
 from ..kernels import triton as kernels
-from . import activation, attention, cache, cross_entropy, losses, norm, rotary, softmax
-from .operator import Operator
+from . import attention, cross_entropy, gpu, losses, rotary
+from .catalogue import KERNELS
 
-KERNELS: list[tuple[Operator, frozenset[str]]] = [
-    (attention.OPERATOR, attention.FEATURES),
-    (norm.OPERATOR, norm.FEATURES),
-    (softmax.OPERATOR, softmax.FEATURES),
-    (cross_entropy.OPERATOR, frozenset()),
-    (activation.GELU, frozenset({"bias"})),
-    (activation.GLU, frozenset()),
-    (rotary.OPERATOR, rotary.FEATURES),
-    (rotary.TABLES_OPERATOR, rotary.FEATURES),
-]
 DEVICES = ("CPU", "CUDA", "XPU")
-WIDEST = 256  # channels of a head: more would not fit the registers of a block
 # of the data in a call's arguments; on a GPU a check would wait for it
 CHECKS: dict[str, Callable[..., None]] = {
     "attention_fwd": attention.check_data,
@@ -34,11 +23,6 @@ CHECKS: dict[str, Callable[..., None]] = {
     "rotary_fwd": rotary.check_data,
     "rotary_tables_fwd": rotary.check_data,
 }
-
-
-def attention_declines(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:
-    widest = max(query.shape[-1], value.shape[-1])
-    return f"heads of up to {WIDEST} channels, got {widest}" if widest > WIDEST else None
 
 
 def run(name: str, *arguments: Any) -> Any:
@@ -49,21 +33,6 @@ def run(name: str, *arguments: Any) -> Any:
             CHECKS[name](*arguments)
         return emulate.call(f"{kernels.__name__}.{kernels.LAUNCHERS[name]}:{name}", *arguments)
     return kernels.launcher(name)(*arguments)
-
-
-def append(
-    store: cache.KVCache,
-    key: Tensor,
-    value: Tensor,
-    counts: list[int],
-    tables: tuple[Tensor, Tensor, bool] | None,
-) -> None:
-    """KVCache.append after its checks: keys are turned on their way into the cache."""
-    store.take_pages(counts)
-    cos, sin, interleaved = tables or (None, None, False)
-    new = torch.tensor(counts, dtype=torch.int32, device=key.device)
-    run("cache_append_", store.key, store.value, key, value, store.lengths, new, store.page_table, cos,
-        sin, interleaved)  # fmt: skip
 
 
 def bind() -> None:
@@ -77,8 +46,9 @@ def bind() -> None:
             torch.library.impl(f"fastattn_triton::{name}", DEVICES, functools.partial(run, name))
         kernel = registry.Kernel(primitive, features)
         if operator is attention.OPERATOR:
-            kernel = kernel._replace(declines=attention_declines)
+            kernel = kernel._replace(declines=gpu.attention_declines)
         registry.register(operator.name, "triton", kernel)
+    append = gpu.appending(functools.partial(run, "cache_append_"))
     registry.register("cache_append", "triton", registry.Kernel(append, frozenset()))
     losses.bind("triton", DEVICES)
     name = "cross_entropy_bwd_"
