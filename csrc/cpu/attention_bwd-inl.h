@@ -350,6 +350,29 @@ struct Backward {
   }
 };
 
+// ---- tiles of one block of queries, without dQ, dK and dV --------------------------------------
+
+// body(group, key, n, dscores) for every tile of `keys` that a group of the block sees.
+template <class Body>
+static void for_graded_tiles(
+    const AttentionArgs& args, const Sequence& s, int64_t head, const Block& block,
+    const Group* groups, int count, const BlockInputs& in, Range keys, Body body) {
+  const TileGradients tile = tile_gradients();
+  float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
+  const int64_t kv_head = head / (args.Hq / args.Hkv);
+  for (int64_t key = keys.begin; key < keys.end; key += kTileKeys) {
+    const int64_t n = smaller(kTileKeys, keys.end - key);
+    const Tile k = read_keys(args, args.key, s, kv_head, key, n, args.D, buffer);
+    const Tile v =
+        read_keys(args, args.value, s, kv_head, key, n, args.Dv, buffer + kTileKeys * args.D);
+    for (const Group* group = groups; group != groups + count; ++group) {
+      if (key >= group->some.end || key + n <= group->some.begin) continue;
+      grade_tile_any(args, block, *group, s, in, k, v, key, n, tile);
+      body(*group, key, n, tile.dscores);
+    }
+  }
+}
+
 // ---- the bias's gradient: a pass of its own, a task is a tile of the bias ---------------------
 
 // dS of every sequence, head, query and key that a tile of the bias reaches, in order; memory is
@@ -424,20 +447,13 @@ struct BiasBackward {
     const int count = split_groups(block, groups);
     BlockInputs in;
     read_block(args, grads, s, block, groups, count, false, &in);
-    const TileGradients tile = tile_gradients();
-    float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
-    const int64_t kv_head = head / (args.Hq / args.Hkv);
-    for (int64_t key = seen.begin; key < seen.end; key += kTileKeys) {
-      const int64_t n = smaller(kTileKeys, seen.end - key);
-      const Tile k = read_keys(args, args.key, s, kv_head, key, n, args.D, buffer);
-      const Tile v =
-          read_keys(args, args.value, s, kv_head, key, n, args.Dv, buffer + kTileKeys * args.D);
-      for (const Group* group = groups; group != groups + count; ++group) {
-        grade_tile_any(args, block, *group, s, in, k, v, key, n, tile);
-        double* at = sum + (all_cols ? 0 : key - cols.begin) * (all_rows ? 1 : kBlockRows);
-        add_tile_sums(*group, n, tile.dscores, at);
-      }
-    }
+    for_graded_tiles(
+        args, s, head, block, groups, count, in, seen,
+        [&](const Group& group, int64_t key, int64_t n, const float* dscores) {
+          add_tile_sums(
+              group, n, dscores,
+              sum + (all_cols ? 0 : key - cols.begin) * (all_rows ? 1 : kBlockRows));
+        });
   }
 
   void add_tile_sums(const Group& group, int64_t n, const float* dscores, double* sum) const {
@@ -536,27 +552,13 @@ struct DroppedDelta {
     read_block(args, grads, s, block, groups, count, false, &in);
     std::memset(in.delta, 0, sizeof in.delta);
     float sums[kBlockRows] = {};
-    walk_keys(s, head / (args.Hq / args.Hkv), block, groups, count, in, sums);
+    for_graded_tiles(
+        args, s, head, block, groups, count, in, block.keys,
+        [&](const Group& group, int64_t, int64_t n, const float* dscores) {
+          add_over_keys(group, n, dscores, sums + group.lane);
+        });
     float* delta = grads.delta + s.b * args.lse_batch + head * args.lse_head + s.query_start;
     for (int r = 0; r < block.rows; ++r) delta[block.query[r]] += sums[r];
-  }
-
-  void walk_keys(
-      const Sequence& s, int64_t kv_head, const Block& block, const Group* groups, int count,
-      const BlockInputs& in, float* sums) const {
-    const TileGradients tile = tile_gradients();
-    float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
-    for (int64_t key = block.keys.begin; key < block.keys.end; key += kTileKeys) {
-      const int64_t n = smaller(kTileKeys, block.keys.end - key);
-      const Tile k = read_keys(args, args.key, s, kv_head, key, n, args.D, buffer);
-      const Tile v =
-          read_keys(args, args.value, s, kv_head, key, n, args.Dv, buffer + kTileKeys * args.D);
-      for (const Group* group = groups; group != groups + count; ++group) {
-        if (key >= group->some.end || key + n <= group->some.begin) continue;
-        grade_tile_any(args, block, *group, s, in, k, v, key, n, tile);
-        add_over_keys(*group, n, tile.dscores, sums + group->lane);
-      }
-    }
   }
 
   static void add_over_keys(const Group& group, int64_t n, const float* dscores, float* sums) {
