@@ -9,7 +9,6 @@
 
 namespace fastattn::cuda {
 
-constexpr float kInf = INFINITY;
 constexpr int kLogits = 16;  // that a thread reads at a time
 
 // N = 1, where rows are no multiple of 16 bytes: neighbouring threads read neighbouring logits.
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   constexpr int S = kLogitSteps<N>;
   SHARED_MEMORY(memory);
   RowJoin join(memory);
-  const int64_t row = blockIdx.x * (int64_t)blockDim.y + threadIdx.y, V = args.V;
+  const int64_t row = row_of_thread(), V = args.V;
   if (row >= args.R) return;
   const bool smooths = args.smoothing > 0;
   const T* logits = (const T*)args.logits + row * args.row;
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   constexpr int S = kLogitSteps<N>;
   SHARED_MEMORY(memory);
   RowJoin join(memory);
-  const int64_t row = blockIdx.x * (int64_t)blockDim.y + threadIdx.y, V = args.V;
+  const int64_t row = row_of_thread(), V = args.V;
   if (row >= args.R) return;
   const T* logits = (const T*)args.logits + row * args.row;
   T* dlogits = (T*)args.dlogits + row * args.dlogits_row;

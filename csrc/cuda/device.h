@@ -222,6 +222,11 @@ T* scratch(int64_t count) {
   return static_cast<T*>(scratch_bytes(count * static_cast<int64_t>(sizeof(T))));
 }
 
+constexpr float kInf = __builtin_huge_valf();
+
+// Pieces of a size that hold them all.
+FASTATTN_HD constexpr int64_t cuts(int64_t all, int64_t size) { return (all + size - 1) / size; }
+
 template <class T>
 FASTATTN_DEVICE T from_float(float x) {
   T y;

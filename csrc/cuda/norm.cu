@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   constexpr int N = kUnit<T>, S = kNormSteps<T, kMany>;
   SHARED_MEMORY(memory);
   RowJoin join(memory);
-  const int64_t row = blockIdx.x * (int64_t)blockDim.y + threadIdx.y;
+  const int64_t row = row_of_thread();
   if (row >= args.R) return;
   const Share<N> share(args.C);
   float z[S][N];

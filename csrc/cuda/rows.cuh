@@ -14,9 +14,11 @@
 
 namespace fastattn::cuda {
 
-FASTATTN_HD constexpr int64_t cuts(int64_t n, int64_t piece) { return (n + piece - 1) / piece; }
 FASTATTN_HD constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTATTN_HD constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A block has blockDim.y rows, of blockDim.x threads each.
+FASTATTN_DEVICE int64_t row_of_thread() { return blockIdx.x * (int64_t)blockDim.y + threadIdx.y; }
 
 // A product that is rounded, whatever is added to it: nvcc makes one rounding of a * b + c.
 FASTATTN_DEVICE float product(float a, float b) {

@@ -10,7 +10,6 @@
 
 namespace fastattn::cuda {
 
-constexpr float kInf = __builtin_huge_valf();
 constexpr float kLog2e = 1.4426950408889634f, kLog2eLow = 1.925963033500011e-08f;
 
 // ---- sequences and what is seen by position -----------------------------------------------------

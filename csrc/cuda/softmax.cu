@@ -7,7 +7,6 @@
 
 namespace fastattn::cuda {
 
-constexpr float kInf = INFINITY;
 constexpr int kEntries = 16;  // that a thread reads at a time
 constexpr int64_t kMostInRegisters = kMostThreads * kEntries;
 
@@ -74,8 +73,6 @@ FASTATTN_DEVICE void for_shares(int64_t C, Body body) {
   FASTATTN_ROLLED
   for (int64_t at = 0; at < C; at += step) body(at, Share<N>(C - at));
 }
-
-FASTATTN_DEVICE int64_t row_of_thread() { return blockIdx.x * (int64_t)blockDim.y + threadIdx.y; }
 
 // ---- forward -----------------------------------------------------------------------------------
 

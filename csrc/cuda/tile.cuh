@@ -15,8 +15,6 @@ namespace fastattn::cuda {
 FASTATTN_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 FASTATTN_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 constexpr int smaller_of(int a, int b) { return a < b ? a : b; }
-// Pieces of a size that hold them all.
-FASTATTN_HD constexpr int64_t cuts(int64_t all, int64_t size) { return (all + size - 1) / size; }
 
 FASTATTN_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
 FASTATTN_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
