@@ -56,7 +56,7 @@ def naive_in_parts(x: Inputs, causal: bool) -> Tensor:
 
 
 def workloads(setting: Setting) -> Iterator[Workload]:
-    width = setting.pick(256, 768, 2048)
+    width = setting.pick(128, 768, 2048)
     tokens = setting.pick(1024, 4096, 16384)
     lengths = setting.pick(
         (512, 1024, 2048),
