@@ -109,12 +109,7 @@ def exponent(rows: Sequence[Row], what: str) -> float | None:
 
 
 def read(path: Path) -> Results:
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{path} does not hold results of fastattn bench, format {FORMAT}")
     names = set(Row.__dataclass_fields__)
@@ -123,6 +118,49 @@ def read(path: Path) -> Results:
     apart = ("format", "ceilings", "rows", "absent", "growth")
     about = {n: v for n, v in data.items() if n not in apart}
     return Results(rows, absent, data["ceilings"], about)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+class Check(NamedTuple):
+    """One case of fastattn verify. worst: its largest error over the allowance; None where that is
+    infinite, or where the backend declined."""
+
+    operator: str
+    feature: str
+    dtype: str
+    backend: str
+    worst: float | None
+    passed: bool
+    declined: str | None
+
+
+class Checks(NamedTuple):
+    cases: list[Check]
+    about: dict[str, Any]
+
+
+def read_checks(path: Path) -> Checks | None:
+    """What fastattn verify --json printed; None where the file holds something else."""
+    data = read_json(path)
+    if not isinstance(data, dict) or "operators" not in data:
+        return None
+    about = {n: v for n, v in data.items() if n not in ("operators", "models", "failures")}
+    return Checks([check(found) for found in data["operators"]], about)
+
+
+def check(found: dict[str, Any]) -> Check:
+    errors = list(found["error_over_allowance"].values())
+    worst = None if not errors or None in errors else max(errors)
+    same = ("operator", "feature", "dtype", "backend", "passed", "declined")
+    return Check(**{name: found[name] for name in same}, worst=worst)
 
 
 def about(device: str, quick: bool) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class Report:
             "seconds": self.seconds,
             "operators": [
                 {
-                    "case": v.case.id, "dtype": str(v.dtype).removeprefix("torch."), "backend": v.backend,
+                    "case": v.case.id, "operator": v.case.operator, "feature": v.case.feature,
+                    "dtype": str(v.dtype).removeprefix("torch."), "backend": v.backend,
                     "passed": v.passed, "declined": v.declined,
                     "error_over_allowance": finite(dict(v.errors)),
                 }

@@ -5,13 +5,18 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fastattn.bench import Results
 from fastattn.bench.harness import measure
+from fastattn.bench.pictures import pictures
 from fastattn.bench.report import report
-from fastattn.bench.results import about
+from fastattn.bench.results import about, read_checks
 from fastattn.cli import app
+from fastattn.verify import Report
+from fastattn.verify.cases import CASES
+from fastattn.verify.judge import Verdict
 
 from .tiny import FakeClock, workload
 
@@ -25,6 +30,8 @@ def results():
         rows, absent = measure(workload(clock, S=S), clock, budget=0.0)
         found.rows += rows
         found.absent += absent
+    for row in found.rows:
+        row.bytes = 1000 * row.sizes["S"]
     return found
 
 
@@ -37,8 +44,9 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.fetched += [v for n, v in attributes if n in ("src", "href")]
-        if tag not in ("meta", "img"):
+        found = [v for n, v in attributes if n in ("src", "href")]
+        self.fetched += [v for v in found if not v.startswith("#")]
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -54,7 +62,9 @@ def test_the_report_is_one_file(results):
     assert not re.search(r"https?://|@import|url\(", page)
     assert "a &lt;run&gt;" in page and "prefers-color-scheme: dark" in page
     assert 'name="viewport"' in page
-    assert tags.counts["tr"] == 2 + len(results.rows) + len(results.absent)
+    heads, summaries, growth = 4, 2, len(results.growth())
+    lines = len(results.rows) + len(results.absent)
+    assert tags.counts["tr"] == heads + summaries + growth + lines
     assert page == report([("a <run>", results, [("picture", b"png")])])
 
 
@@ -64,17 +74,59 @@ def test_numbers_sort_by_their_value(results):
     assert "left out" in page and "not here" in page
 
 
-def test_plot_writes_pictures_and_a_report(results, tmp_path):
+def test_plot_writes_pictures_and_a_report(results, checks, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "run.json"
     path.write_text(json.dumps(results.as_json()))
-    done = CliRunner().invoke(app, ["plot", str(path), "--to", str(tmp_path / "out")])
+    done = CliRunner().invoke(app, ["plot", str(path), str(checks), "--to", str(tmp_path / "out")])
     assert done.exit_code == 0, done.stderr
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"run-double-speed.png", "run-roofline.png", "run-error.png", "report.html"} <= names
+    speeds = {f"run-double-{d}-float32.png" for d in ("forward", "backward", "both")}
+    others = {"run-double-memory-float32.png", "run-roofline.png", "run-errors.png"}
+    assert names == speeds | others | {"verify-accuracy.png", "report.html"}
     for picture in (tmp_path / "out").glob("*.png"):
-        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 4000
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") == len(names) - 1
+
+
+def test_of_calls_with_one_length_there_is_a_picture_of_everyone_against_us(results):
+    pytest.importorskip("matplotlib")
+    few = Results([row for row in results.rows if row.sizes["S"] == 4], [], results.ceilings)
+    assert list(pictures(few)) == ["peers-float32", "roofline", "errors"]
+    assert pictures(few)["peers-float32"]().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def checks(tmp_path):
+    """A file of fastattn verify --json, with an error that was infinite and a case that was declined."""
+    case = CASES[0]
+    verdicts = [
+        Verdict(case, torch.float32, "cpu", errors=(("output 0", 0.5), ("d x", 0.25))),
+        Verdict(case, torch.float32, "triton", errors=(("output 0", float("inf")),)),
+        Verdict(case, torch.bfloat16, "cuda", declined="not this"),
+    ]
+    path = tmp_path / "verify.json"
+    path.write_text(json.dumps(Report(verdicts=verdicts).as_json()))
+    return path
+
+
+def test_the_report_has_the_errors_of_every_backend(checks):
+    found = read_checks(checks)
+    assert [(c.backend, c.worst, c.passed, c.declined) for c in found.cases] == [
+        ("cpu", 0.5, True, None), ("triton", None, False, None), ("cuda", None, False, "not this"),
+    ]  # fmt: skip
+    page = report([("verify", found, [])])
+    where = f"<td>{CASES[0].operator}</td><td>{CASES[0].feature}</td>"
+    assert [line for line in page.splitlines() if where in line] == [
+        f"<tr>{where}<td>{backend}</td><td>{dtype}</td>"
+        + "".join(f'<td class="number" data-value="{n}">{n}</td>' for n in counts)
+        + end
+        for backend, dtype, counts, end in (
+            ("cpu", "float32", (1, 0, 0), '<td class="number" data-value="0.5">0.5</td></tr>'),
+            ("triton", "float32", (0, 1, 0), "<td>infinite</td></tr>"),
+            ("cuda", "bfloat16", (0, 0, 1), "<td></td></tr>"),
+        )
+    ]
 
 
 @pytest.mark.parametrize("text, sentence", [
