@@ -3,6 +3,7 @@
 # make sanitize the tests again, on an extension built with the address and undefined sanitizers
 # make cuda     the extension with its CUDA kernels for every GPU, where there is an nvcc: it must load here
 # make lint     what CI checks besides;    make format     what the machines settle
+# make readme   what the README says of speed, again from the runs in results/
 # make clean    forget everything that was built
 #
 # TORCH chooses the torch to install, e.g. TORCH="torch --index-url ..." for a CUDA or ROCm build;
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: all verify test test-all sanitize cuda lint format clean
+.PHONY: all verify test test-all sanitize cuda lint format readme clean
 
 all: $(VENV)/.installed
 
@@ -60,6 +61,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+readme: $(VENV)/.dev
+	$(BIN)/fastattn plot $(sort $(wildcard results/*.json)) --readme README.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastattn/_C*.so

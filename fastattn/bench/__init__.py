@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,6 +43,8 @@ def run_bench(
     chosen = workloads(families, settings)
     clock = device_clock(device)
     results = Results(about=about(device, quick))
+    results.about["command"] = command(families, settings)
+    start = time.monotonic()
     for dtype in dtypes:
         progress("the ceiling of this machine", 0.0)
         results.ceilings[str(dtype).removeprefix("torch.")] = ceiling(device, dtype)
@@ -52,4 +55,15 @@ def run_bench(
         rows, absent = measure(workload, clock, QUICK_SECONDS if quick else SECONDS, tell)
         results.rows += rows
         results.absent += absent
+    results.about["seconds"] = round(time.monotonic() - start)
     return results
+
+
+def command(families: Sequence[str], settings: Sequence[Setting]) -> str:
+    """What one types to make the same run."""
+    first = settings[0]
+    words = ["fastattn bench", *families]
+    words += [f"--dtype {str(setting.dtype).removeprefix('torch.')}" for setting in settings]
+    words += ["--quick"] * first.quick + ["--compile"] * first.compile
+    where = f"--device {first.device}" if first.on_gpu else f"--threads {torch.get_num_threads()}"
+    return " ".join([*words, where])

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..emulate import cuda_code, offline
 from ..emulate.offline import Compiled, Job
+from .parts import read_part, write_part
 from .progress import progress
 
 CAPTION = (
@@ -55,9 +56,10 @@ def compile_(
     record: Annotated[
         Path | None, typer.Option(help="Write what was found there, as budgets.", metavar="FILE")
     ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Attention's main loops as the README has them.")
-    ] = False,
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="Write attention's main loops into this README.", metavar="FILE"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON on stdout, all else on stderr.")
     ] = False,
@@ -78,12 +80,14 @@ def compile_(
         operators = known("kernel", kernel, names) if kernel else names
         forms = known("form", form, offline.ATTENTION_FORMS) if form else None
         version = importlib.metadata.version("triton")
+        if readme:
+            read_part(readme, "compiled")
     except importlib.metadata.PackageNotFoundError:
         typer.echo(
             "fastattn compile: Triton is not installed: pip install 'fastattn[triton]'", err=True
         )
         raise typer.Exit(2) from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"fastattn compile: {error}", err=True)
         raise typer.Exit(2) from None
     wanted = [job for job in everything if job.operator in operators]
@@ -93,17 +97,17 @@ def compile_(
     wrong = offline.broken(rows, offline.budgets(), version)
     if record:
         record.write_text(offline.as_text(offline.recorded(rows, version)))
+    if readme:
+        write_part(readme, "compiled", as_markdown(rows))
     if as_json:
         print(
             json.dumps(
                 {"triton": version, "kernels": [as_dict(r) for r in rows], "wrong": wrong}, indent=2
             )
         )
-    elif markdown:
-        print(as_markdown(rows))
     else:
         show(rows)
-    console = Console(stderr=as_json or markdown, soft_wrap=True, highlight=False)
+    console = Console(stderr=as_json, soft_wrap=True, highlight=False)
     for sentence in wrong:
         console.print(f"wrong: {sentence}", markup=False)
     failed = sum(bool(r.error) for r in rows)

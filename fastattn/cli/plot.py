@@ -1,7 +1,9 @@
-"""fastattn plot: runs of fastattn bench and verify as pictures and one HTML report."""
+"""fastattn plot: runs of fastattn bench and verify as pictures and one HTML report, or in the README."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -9,42 +11,98 @@ from typing import Annotated
 import typer
 
 from ..bench import Results, read
-from ..bench.pictures import accuracy, need_matplotlib, pictures
-from ..bench.report import Run, report
-from ..bench.results import read_checks
+from ..bench.pictures import Pictures, accuracy, need_matplotlib, pictures
+from ..bench.readme import chosen, performance
+from ..bench.report import report
+from ..bench.results import Checks, read_checks
+from .parts import read_part, write_part
+
+Found = Results | Checks
 
 
 def plot(
     results: Annotated[
-        list[Path], typer.Argument(help="Files of fastattn bench --save, or of verify --json.")
-    ],
+        list[Path] | None,
+        typer.Argument(help="Files of fastattn bench --save, or of verify --json."),
+    ] = None,
     folder: Annotated[
         Path, typer.Option("--to", help="Where pictures and report go.", metavar="FOLDER")
     ] = Path("plots"),
+    readme: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a report, write these runs into this README, and pictures beside the files.",
+            metavar="FILE",
+        ),
+    ] = None,
 ) -> None:
     """Draws runs of fastattn bench: PNG files, and report.html, which opens without a network.
 
     Exit code 0, or 2 when a file holds no results or matplotlib is missing.
     """
     try:
-        names = [path.stem for path in results]
-        if len(set(names)) < len(names):
-            raise ValueError(f"files need names that differ, got {', '.join(map(str, results))}")
-        runs = [drawn(path) for path in results]
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, _, pngs in runs:
-            for title, data in pngs:
-                (folder / f"{name}-{title}.png").write_bytes(data)
-        (folder / "report.html").write_text(report(runs), encoding="utf-8")
+        runs = read_runs(results or ())
+        count = write_readme(readme, runs) if readme else write_report(folder, runs)
     except (ValueError, OSError) as error:
         typer.echo(f"fastattn plot: {error}", err=True)
         raise typer.Exit(2) from None
-    count = sum(len(pngs) for _, _, pngs in runs)
-    typer.echo(f"fastattn plot: {count} pictures and report.html in {folder}", err=True)
+    where = readme or f"report.html in {folder}"
+    typer.echo(f"fastattn plot: {count} pictures and {where}", err=True)
 
 
-def drawn(path: Path) -> Run:
-    found = read_checks(path) or read(path)
+def write_report(folder: Path, runs: dict[Path, Found]) -> int:
+    if not runs:
+        raise ValueError("name files of results, or --readme for one that has none")
     need_matplotlib()
-    draw = pictures(found) if isinstance(found, Results) else {"accuracy": partial(accuracy, found)}
-    return path.stem, found, [(title, make()) for title, make in draw.items()]
+    drawn = {
+        path: [(title, draw()) for title, draw in drawings(run).items()]
+        for path, run in runs.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, pngs in drawn.items():
+        for title, data in pngs:
+            (folder / f"{path.stem}-{title}.png").write_bytes(data)
+    page = report([(path.stem, run, drawn[path]) for path, run in runs.items()])
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return sum(map(len, drawn.values()))
+
+
+def write_readme(readme: Path, runs: dict[Path, Found]) -> int:
+    """The pictures of an earlier run of the same name go."""
+    read_part(readme, "performance")
+    folders = {path.parent for path in runs}
+    if len(folders) > 1:
+        raise ValueError(f"files need to lie in one folder, got {', '.join(map(str, folders))}")
+    if runs:
+        need_matplotlib()
+    drawn = {
+        path.with_name(f"{path.stem}-{title}.png"): draw()
+        for path, run in runs.items()
+        for title, draw in drawings(run).items()
+        if isinstance(run, Checks) or title in chosen(run)
+    }
+    for path in runs:
+        for old in path.parent.glob(f"{path.stem}-*.png"):
+            old.unlink()
+    for file, data in drawn.items():
+        file.write_bytes(data)
+    write_part(readme, "performance", section(readme, runs))
+    return len(drawn)
+
+
+def section(readme: Path, runs: dict[Path, Found]) -> str:
+    """The text alone, for which nothing is drawn."""
+    folder = next((os.path.relpath(path.parent, readme.parent) for path in runs), ".")
+    return performance([(path.stem, run) for path, run in runs.items()], Path(folder).as_posix())
+
+
+def read_runs(paths: Iterable[Path]) -> dict[Path, Found]:
+    """By the names of the files, which must differ: pictures are named after them."""
+    runs = {path: read_checks(path) or read(path) for path in paths}
+    if len({path.stem for path in runs}) < len(runs):
+        raise ValueError(f"files need names that differ, got {', '.join(map(str, runs))}")
+    return runs
+
+
+def drawings(found: Found) -> Pictures:
+    return pictures(found) if isinstance(found, Results) else {"accuracy": partial(accuracy, found)}

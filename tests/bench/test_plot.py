@@ -1,38 +1,17 @@
 """Pictures and the report: of every run, whole, and in need of no network."""
 
-import json
 import re
 from html.parser import HTMLParser
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from fastattn.bench import Results
-from fastattn.bench.harness import measure
 from fastattn.bench.pictures import pictures
 from fastattn.bench.report import report
-from fastattn.bench.results import about, read_checks
+from fastattn.bench.results import read_checks
 from fastattn.cli import app
-from fastattn.verify import Report
 from fastattn.verify.cases import CASES
-from fastattn.verify.judge import Verdict
-
-from .tiny import FakeClock, workload
-
-
-@pytest.fixture(scope="module")
-def results():
-    clock = FakeClock()
-    ceiling = {"flops": 1e3, "bytes": 1e2, "by": "an FMA loop"}
-    found = Results(about=about("cpu", True), ceilings={"float32": ceiling})
-    for S in (4, 8, 16):
-        rows, absent = measure(workload(clock, S=S), clock, budget=0.0)
-        found.rows += rows
-        found.absent += absent
-    for row in found.rows:
-        row.bytes = 1000 * row.sizes["S"]
-    return found
 
 
 class Tags(HTMLParser):
@@ -74,19 +53,18 @@ def test_numbers_sort_by_their_value(results):
     assert "left out" in page and "not here" in page
 
 
-def test_plot_writes_pictures_and_a_report(results, checks, tmp_path):
+def test_plot_writes_pictures_and_a_report(run_file, checks, tmp_path):
     pytest.importorskip("matplotlib")
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps(results.as_json()))
-    done = CliRunner().invoke(app, ["plot", str(path), str(checks), "--to", str(tmp_path / "out")])
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["plot", str(run_file), str(checks), "--to", str(out)])
     assert done.exit_code == 0, done.stderr
-    names = {p.name for p in (tmp_path / "out").iterdir()}
+    names = {p.name for p in out.iterdir()}
     speeds = {f"run-double-{d}-float32.png" for d in ("forward", "backward", "both")}
     others = {"run-double-memory-float32.png", "run-roofline.png", "run-errors.png"}
     assert names == speeds | others | {"verify-accuracy.png", "report.html"}
-    for picture in (tmp_path / "out").glob("*.png"):
+    for picture in out.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 4000
-    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") == len(names) - 1
+    assert (out / "report.html").read_text().count("data:image/png") == len(names) - 1
 
 
 def test_of_calls_with_one_length_there_is_a_picture_of_everyone_against_us(results):
@@ -94,20 +72,6 @@ def test_of_calls_with_one_length_there_is_a_picture_of_everyone_against_us(resu
     few = Results([row for row in results.rows if row.sizes["S"] == 4], [], results.ceilings)
     assert list(pictures(few)) == ["peers-float32", "roofline", "errors"]
     assert pictures(few)["peers-float32"]().startswith(b"\x89PNG")
-
-
-@pytest.fixture
-def checks(tmp_path):
-    """A file of fastattn verify --json, with an error that was infinite and a case that was declined."""
-    case = CASES[0]
-    verdicts = [
-        Verdict(case, torch.float32, "cpu", errors=(("output 0", 0.5), ("d x", 0.25))),
-        Verdict(case, torch.float32, "triton", errors=(("output 0", float("inf")),)),
-        Verdict(case, torch.bfloat16, "cuda", declined="not this"),
-    ]
-    path = tmp_path / "verify.json"
-    path.write_text(json.dumps(Report(verdicts=verdicts).as_json()))
-    return path
 
 
 def test_the_report_has_the_errors_of_every_backend(checks):

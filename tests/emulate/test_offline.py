@@ -18,6 +18,7 @@ from importlib.metadata import version
 from fastattn import emulate
 from fastattn.cli import app
 from fastattn.cli.compile import as_markdown
+from fastattn.cli.parts import read_part
 from fastattn.emulate import machine_code, offline
 from fastattn.emulate.machine_code import CHIPS, Instruction
 from fastattn.emulate.offline import Compiled, Job
@@ -61,7 +62,7 @@ def test_every_quick_loop_has_a_baseline(compiled):
 def not_in_readme(compiled):
     """Lines of the README's table that are other than these rows."""
     shown = [r for r in compiled if r.job in offline.jobs(quick=True) and r.job.form == "causal"]
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = read_part(Path(__file__).parents[2] / "README.md", "compiled")
     return [line for line in as_markdown(shown).splitlines() if line not in text]
 
 
@@ -268,16 +269,24 @@ def test_the_command_speaks_json():
     )
 
 
-def test_the_command_takes_the_calls_that_it_is_told_and_speaks_markdown(monkeypatch):
+def test_the_command_takes_the_calls_that_it_is_told_and_writes_the_readme(monkeypatch, tmp_path):
     monkeypatch.setattr(
         offline, "compile_all", lambda targets, wanted, *_: [row(job=j) for j in wanted]
     )
-    done = CliRunner().invoke(app, ["compile", "--quick", "--form", "causal", "--markdown"])
-    lines = done.stdout.splitlines()
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- compiled: by a command -->\nold\n<!-- end of compiled -->\nb\n")
+    arguments = ["compile", "--quick", "--form", "causal", "--readme", str(readme)]
+    CliRunner().invoke(app, arguments)
+    text = readme.read_text()
+    lines = read_part(readme, "compiled").splitlines()
+    assert text.startswith("a\n<!--") and text.endswith("-->\nb\n") and "old" not in text
     assert lines[0].startswith("| target | kernel | D | blocks | registers | spills | shared KiB |")
     assert len(lines) == 2 + 4 and lines[2].startswith(
         "| sm_90 | fwd | 64 | 128x64 w8 s3 | 168 | 0 |"
     )
+    readme.write_text("no place")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and "has no lines <!-- compiled: ... -->" in done.output
     done = CliRunner().invoke(app, ["compile", "--form", "casual"])
     assert done.exit_code == 2 and "form must be of full, causal," in done.output
 

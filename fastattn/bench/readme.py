@@ -1,0 +1,189 @@
+"""The README's section on performance, of committed runs: fastattn plot results/*.json --readme README.md"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .pictures import pictures
+from .results import Check, Checks, Results, rate
+from .summary import named, summary
+from .workload import NAIVE, OURS
+
+NOTHING = "No results are published yet.\n"
+OPEN = ("attention-", "peers-")  # pictures that are seen at once; the others open on a click
+Found = Results | Checks
+
+
+def performance(runs: Sequence[tuple[str, Found]], folder: str) -> str:
+    """runs: (name, of bench or verify); folder: where their files and pictures lie, seen from the README."""
+    return "\n".join(one(*run, folder) for run in runs) or NOTHING
+
+
+def one(name: str, found: Found, folder: str) -> str:
+    return accuracy(name, found, folder) if isinstance(found, Checks) else of(name, found, folder)
+
+
+def of(name: str, results: Results, folder: str) -> str:
+    rows = [row for row in results.rows if row.contestant == OURS]
+    groups = dict.fromkeys((row.family, row.dtype) for row in rows)
+    parts = [
+        f"**{name}**: {where(results)}",
+        reproduce(name, results, folder),
+        "Times as long as fastattn that each took, so that over 1 is slower: the geometric mean over the "
+        "shapes of a family, from rounds in which all took turns.",
+        summary_table(results),
+        *shown_pictures(name, results, folder),
+        *(
+            details(f"{family}, {dtype}", family_table(results, family, dtype))
+            for family, dtype in groups
+        ),
+        left_out(results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def where(results: Results) -> str:
+    """Machine, versions, date and commit, in a sentence."""
+    about = results.about
+    machine, versions = about.get("machine", {}), about.get("versions", {})
+    device = machine.get("processor") if about.get("device") == "cpu" else about.get("device")
+    flags = " ".join(machine.get("flags", []))
+    ceilings = "; ".join(
+        f"{float(c['flops']) / 1e9:.0f} GFLOP/s in {dtype} ({c['by']}), "
+        f"{float(c['bytes']) / 1e9:.0f} GB/s (a copy)"
+        for dtype, c in results.ceilings.items()
+    )
+    return (
+        f"{device}, {about.get('threads')} threads of {machine.get('cores')} cores, "
+        f"{about.get('instruction_set')} ({flags}). fastattn {about.get('fastattn')}, "
+        f"commit {about.get('commit')}; {', '.join(f'{n} {v}' for n, v in versions.items())}; "
+        f"Python {about.get('python')}; {str(about.get('date'))[:10]}. Ceilings of that run: {ceilings}."
+    )
+
+
+def reproduce(name: str, results: Results, folder: str) -> str:
+    command, file = results.about.get("command"), f"{folder}/{name}.json"
+    minutes = float(results.about.get("seconds", 0.0)) / 60
+    return (
+        f"All of it is in [`{file}`]({file}). To make the run again, {minutes:.0f} minutes there, and see "
+        "what differs, in a clone:\n\n"
+        f"```sh\npip install '.[bench]' && {command} --save mine.json; "
+        f"fastattn bench --compare {file} mine.json\n```"
+    )
+
+
+def summary_table(results: Results) -> str:
+    lines = summary(results.rows)
+    names = dict.fromkeys(name for line in lines for name in line.peers)
+    rows = (
+        (*line[:4], *(ratio(line.peers[n][0]) if n in line.peers else "" for n in names))
+        for line in lines
+    )
+    return markdown(("family", "dtype", "direction", "shapes", *names), rows, words=3)
+
+
+def family_table(results: Results, family: str, dtype: str) -> str:
+    """A line a shape and direction: ours, and everyone's time over it."""
+    here = [row for row in results.rows if (row.family, row.dtype) == (family, dtype)]
+    naive = {
+        (row.case, *row.sizes.items(), row.direction): row
+        for row in here
+        if row.contestant == NAIVE
+    }
+    ours = [row for row in here if row.contestant == OURS and row.direction != "backward"]
+    names = dict.fromkeys(name for row in ours for name in row.ratios)
+    unit = "GFLOP/s" if ours[0].bound == "flops" else "GB/s"
+    rows = []
+    for row in ours:
+        other = naive.get((row.case, *row.sizes.items(), row.direction))
+        rows.append((
+            named(row.case, row.sizes), row.direction, digits(1e3 * row.seconds), digits(rate(row) / 1e9),
+            f"{results.percent(row):.0f} %",
+            *(ratio(row.ratios[name]) if name in row.ratios else "" for name in names),
+            megabytes(row.bytes), megabytes(other.bytes if other else None),
+        ))  # fmt: skip
+    heads = ("shape", "direction", "ms", unit, "of ceiling", *names, "MB", "naive MB")
+    return markdown(heads, rows, words=2)
+
+
+def shown_pictures(name: str, results: Results, folder: str) -> list[str]:
+    links = {
+        title: f"![{title.replace('-', ', ')}]({folder}/{name}-{title}.png)"
+        for title in chosen(results)
+    }
+    seen = [link for title, link in links.items() if title.startswith(OPEN)]
+    rest = [link for title, link in links.items() if not title.startswith(OPEN)]
+    return [*seen, details("more pictures", "\n\n".join(rest)) if rest else ""]
+
+
+def chosen(results: Results) -> list[str]:
+    """Backward alone is left to fastattn plot: both has it in it."""
+    return [title for title in pictures(results) if "-backward-" not in title]
+
+
+def left_out(results: Results) -> str:
+    """Who was not timed, by reason; forward only is seen in the tables."""
+    reasons: dict[str, list[str]] = {}
+    for a in results.absent:
+        if a.reason != "forward only":
+            reasons.setdefault(a.reason, []).append(a.contestant)
+    told = [f"{', '.join(dict.fromkeys(names))} ({reason})" for reason, names in reasons.items()]
+    return f"Not timed: {'; '.join(told)}." if told else ""
+
+
+# ---- fastattn verify ----------------------------------------------------------------------------
+
+
+def accuracy(name: str, checks: Checks, folder: str) -> str:
+    """The worst error over the allowance by operator and backend, of every dtype."""
+    backends = dict.fromkeys(c.backend for c in checks.cases if c.declined is None)
+    operators = dict.fromkeys(c.operator for c in checks.cases)
+    rows = (
+        (operator, *(worst(c for c in checks.cases if (c.operator, c.backend) == (operator, backend))
+                     for backend in backends))
+        for operator in operators
+    )  # fmt: skip
+    about, file = checks.about, f"{folder}/{name}.json"
+    return (
+        f"**{name}**: the worst error over the allowed one, of all outputs, gradients and dtypes, at most 1 "
+        f"being right, and how many cases that is of. `fastattn verify --json` on {about['device']}, "
+        f"torch {about['torch']}, {about['instruction_set']}: {about['passed']} passed, "
+        f"{about['failed']} failed, {about['declined']} declined ([`{file}`]({file})).\n\n"
+        + markdown(("operator", *backends), rows, words=1)
+        + f"\n\n![error over allowance]({folder}/{name}-accuracy.png)\n"
+    )
+
+
+def worst(own: Iterable[Check]) -> str:
+    judged = [c.worst for c in own if c.declined is None]
+    if not judged:
+        return ""
+    largest = max(float("inf") if x is None else x for x in judged)
+    return f"{largest:.2f} ({len(judged)})"
+
+
+# ---- Markdown -----------------------------------------------------------------------------------
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]], words: int) -> str:
+    """words: how many columns are no numbers."""
+    rule = "|" + "---|" * words + "---:|" * (len(heads) - words)
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def details(title: str, inside: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{inside}\n\n</details>"
+
+
+def digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def ratio(x: float) -> str:
+    return f"{x:.1f}" if x >= 9.95 else f"{x:.2f}"
+
+
+def megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"
