@@ -7,10 +7,15 @@ them it declines in a sentence, so a new feature is refused everywhere until som
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from .kernels.triton import tune
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Where a tensor lies decides who is asked, in this order. A meta tensor holds no data: any registered
@@ -21,22 +26,10 @@ ORDER = {
 }
 DEFAULT_ORDER = ("triton", "reference")
 
-# On a CUDA device cuda and triton both have every operator. Who goes first: an entry is two backends in
-# order and where that was measured; explain() repeats it.
-UNMEASURED = "unmeasured: no GPU has timed one against the other"
-CUDA_TABLE: dict[str, tuple[tuple[str, str], str]] = {
-    "attention": (("cuda", "triton"), UNMEASURED),
-    "cache_append": (("cuda", "triton"), UNMEASURED),
-    "cross_entropy": (("cuda", "triton"), UNMEASURED),
-    "cross_entropy_inplace": (("cuda", "triton"), UNMEASURED),
-    "gelu": (("cuda", "triton"), UNMEASURED),
-    "glu": (("cuda", "triton"), UNMEASURED),
-    "linear_cross_entropy": (("cuda", "triton"), UNMEASURED),
-    "norm": (("cuda", "triton"), UNMEASURED),
-    "rotary": (("cuda", "triton"), UNMEASURED),
-    "rotary_tables": (("cuda", "triton"), UNMEASURED),
-    "softmax": (("cuda", "triton"), UNMEASURED),
-}
+# On a CUDA or ROCm device, where cuda and triton both have every operator: this, unless the target's table
+# in fastattn/measured or the user's own, from `fastattn autotune`, says who goes first. explain() tells.
+GPU_ORDER = ("cuda", "triton")
+UNMEASURED = "unmeasured: no GPU of this kind has timed one against the other"
 
 ALL_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 KERNEL_FLOATS = ALL_FLOATS - {torch.float64}
@@ -109,8 +102,46 @@ def asked(call: Call, backend: str | None) -> tuple[str, ...]:
 def order(call: Call) -> tuple[str, ...]:
     """Who is asked where no backend is named."""
     if call.device == "cuda":
-        return (*CUDA_TABLE[call.operator][0], "reference")
+        first = first_on_gpu(row_of(call))
+        return (first, *(name for name in GPU_ORDER if name != first), "reference")
     return ORDER.get(call.device, DEFAULT_ORDER)
+
+
+def row_of(call: Call) -> str:
+    """The row of the table that a call belongs to: "attention 16", for elements of 16 bits. Decoding,
+    known by a diagonal that follows a cache's lengths, has rows of its own."""
+    name = "decode" if "diagonal_at_length" in call.features else call.operator
+    return f"{name} {8 * call.dtype.itemsize}"
+
+
+@torch.compiler.assume_constant_result
+def first_on_gpu(row: str) -> str:
+    return measured().get(row, GPU_ORDER[0])
+
+
+@functools.cache
+def measured() -> dict[str, str]:
+    """Who was the faster on GPUs like the one at hand: "attention 16" -> "triton", and "where"."""
+    if "triton" in _unusable or not torch.cuda.is_available():
+        return {}
+    name = f"backends-{tune.target()}.json"
+    found = [read_backends(folder / name) for folder in (tune.MEASURED, tune.cache_folder())]
+    return found[0] | found[1]
+
+
+def read_backends(path: Path) -> dict[str, str]:
+    """With a warning nothing, where the file is no such table."""
+    try:
+        rows = tune.read_rows(path)
+        wrong = [row for row, name in rows.items() if row != "where" and name not in GPU_ORDER]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} must be one of {', '.join(GPU_ORDER)}")
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"fastattn: {path} is ignored, it is no table of backends: {error}", stacklevel=2
+        )
+        return {}
+    return rows
 
 
 def reason_against(name: str, call: Call) -> str | None:

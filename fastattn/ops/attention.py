@@ -255,7 +255,10 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> str:
     if serving is None:
         lines.append("  nobody serves this call: it raises ValueError")
     if asked.device == "cuda":
-        (first, second), where = registry.CUDA_TABLE[asked.operator]
+        first, second, _ = registry.order(asked)
+        table = registry.measured()
+        known = registry.row_of(asked) in table
+        where = f"measured on {table.get('where')}" if known else registry.UNMEASURED
         lines.append(f"  {first} is asked before {second}: {where}")
     used = ", ".join(sorted(asked.features)) or "no features"
     head = f"attention on {asked.device} in {checks.dtype_name(asked.dtype)} with {used}"

@@ -1,9 +1,10 @@
-"""Configurations of the attention kernels: a table for each family of targets, and the user's own.
+"""Configurations of the attention kernels: a table for each family of targets, what `fastattn autotune`
+found on a target where that is committed (fastattn/measured), and the user's own.
 
-None was timed on a GPU yet. Rows were chosen by compiling (fastattn compile): nothing spills where that
-can be had, shared memory fits the smallest chip of the family, and of what is left the lowest estimate
-of cycles. What a call gets depends on target, dtype, head dimension, features and Sq alone, never on
-the batch, the heads or a timing while it runs: so its bits do not either.
+The tables below were timed on no GPU. Rows were chosen by compiling (fastattn compile): nothing spills
+where that can be had, shared memory fits the smallest chip of the family, and of what is left the lowest
+estimate of cycles. What a call gets depends on target, dtype, head dimension, features and Sq alone,
+never on the batch, the heads or a timing while it runs: so its bits do not either.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,18 +214,21 @@ def key_of(kernel: str, dtype: torch.dtype, D: int, modified: bool = False) -> K
 
 @functools.cache
 def configs() -> dict[Key, Config]:
-    """What this process chooses from: the committed table of its target, then the user's."""
+    """What this process chooses from: the table of its target's family, what was measured, the user's."""
     found = {
         Key(kernel, bits, head): config
         for (kernel, bits), row in TABLES[family(target())].items()
         for head, config in zip((64, 128, 256), row, strict=True)
     }
     if target() != "emulated":
-        found |= users_table(user_path(target()))
+        for folder in (MEASURED, cache_folder()):
+            found |= read_table(folder / table_name(target()))
     return found
 
 
-# ---- the user's table ---------------------------------------------------------------------------
+# ---- tables on file: what was measured, and the user's own ---------------------------------------
+
+MEASURED = Path(__file__).parents[2] / "measured"  # committed
 
 
 def cache_folder() -> Path:
@@ -238,21 +243,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
 
 
-def user_path(target: str) -> Path:
-    return cache_folder() / f"tune-{target}.json"
+def table_name(target: str) -> str:
+    return f"tune-{target}.json"
 
 
-def users_table(path: Path) -> dict[Key, Config]:
+def read_table(path: Path) -> dict[Key, Config]:
     """What autotune wrote; with a warning nothing, where the file is not such a table."""
-    if not path.is_file():
-        return {}
     try:
-        return dict(entry(key, value) for key, value in json.loads(path.read_text()).items())
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return dict(entry(key, value) for key, value in read_rows(path).items() if key != "where")
+    except (OSError, ValueError, TypeError) as error:
         warnings.warn(
             f"fastattn: {path} is ignored, it is no table of configurations: {error}", stacklevel=2
         )
         return {}
+
+
+def read_rows(path: Path) -> dict[str, Any]:
+    """The rows of a table and "where" they were measured; none where there is no file."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}")
+    return found
 
 
 def entry(key: str, value: Any) -> tuple[Key, Config]:
@@ -267,9 +278,17 @@ def entry(key: str, value: Any) -> tuple[Key, Config]:
     return found, config
 
 
-def write_users_table(path: Path, table: dict[Key, Config]) -> None:
+def write_table(path: Path, table: dict[Key, Config], where: str) -> None:
     """Adds to what is there already."""
-    rows = {str(key): json.dumps(config) for key, config in (users_table(path) | table).items()}
-    lines = ",\n".join(f'  "{key}": {config}' for key, config in sorted(rows.items()))
+    rows = {str(key): list(config) for key, config in (read_table(path) | table).items()}
+    write_rows(path, rows, where)
+
+
+def write_rows(path: Path, rows: Mapping[str, Any], where: str) -> None:
+    """A row a line, in order, so that a change is a line of a diff."""
+    lines = [f'  "where": {json.dumps(where)}']
+    lines += [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(rows.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{{\n{lines}\n}}\n")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    os.replace(unfinished, path)
