@@ -22,13 +22,13 @@ from ..verify.cases import Case
 from ..verify.judge import ratio, run
 from ..verify.models import resident_bytes
 from .ceiling import Clock
+from .energy import Meter
 from .peers import first_line
-from .workload import DIRECTIONS, NAIVE, OURS, Call, Contestant, Inputs, Refusal, Workload
+from .workload import DIRECTIONS, NAIVE, OURS, Call, Contestant, Inputs, Workload
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 SAMPLE = 2e-3  # seconds: shorter calls are repeated within a round until they take so long
-# what a library raises that cannot make a call
-REFUSALS = (Refusal, RuntimeError, ValueError, TypeError, NotImplementedError, ImportError)
+REFUSALS = Exception  # a library that cannot make a call, or a compiler behind it, raises anything
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Row:
     """One contestant's result. Seconds are of one call: the median and the quartiles over rounds. bytes:
     memory at its peak over what was there before, results included; None where
     that cannot be seen. error: over the allowance, at most
-    1. ratios: how many times as long each other contestant took."""
+    1. ratios: how many times as long each other contestant took. joules: of one call, where the machine
+    tells them (energy.py)."""
 
     family: str
     case: str
@@ -54,6 +55,7 @@ class Row:
     bytes: int | None
     error: float
     ratios: dict[str, float] = field(default_factory=dict)
+    joules: float | None = None
 
 
 @dataclass
@@ -117,6 +119,20 @@ class Entrant:
                 del kept
             return max(memory(device, peak=True) - start, 0)
 
+    def joules(self, meter: Meter) -> float | None:
+        """Of one call, over a block of them."""
+        if self.direction == "backward":
+            return None
+        calls, end = 0, self.clock() + meter.seconds
+        with self.contestant.context():
+            meter.start()
+            while calls == 0 or self.clock() < end:
+                for _ in range(self.repeats):
+                    self.once()
+                calls += self.repeats
+            found = meter.stop()
+        return None if found is None else found / calls
+
 
 def memory(device: str, peak: bool = False, reset: bool = False) -> int:
     """Bytes in use, now or at the peak since the last reset."""
@@ -142,10 +158,11 @@ def give_back_freed_memory() -> None:
 
 def judged(workload: Workload) -> Iterator[tuple[Contestant, float | str]]:
     """Every contestant with its error over the allowance, or its reason for not taking part."""
-    truth, naive = (outcome(workload, naive_of(workload), exact) for exact in (True, False))
+    inputs = workload.inputs(judged=True)
+    truth, naive = (outcome(workload, naive_of(workload), inputs, exact) for exact in (True, False))
     for contestant in workload.contestants:
         try:
-            found = outcome(workload, contestant, exact=False)
+            found = outcome(workload, contestant, inputs)
         except REFUSALS as error:
             yield contestant, first_line(error)
             continue
@@ -161,10 +178,12 @@ def naive_of(workload: Workload) -> Contestant:
     return Contestant(NAIVE, lambda x: lambda: in_parts(x)) if in_parts else found
 
 
-def outcome(workload: Workload, contestant: Contestant, exact: bool) -> dict[str, Tensor]:
+def outcome(
+    workload: Workload, contestant: Contestant, inputs: Inputs, exact: bool = False
+) -> dict[str, Tensor]:
     """Output, and gradients where there are any, of the judged inputs."""
     case = Case(
-        workload.family, workload.case, "", lambda: workload.inputs(judged=True),
+        workload.family, workload.case, "", lambda: inputs,
         lambda x, backend, generator: (contestant.bind(x)(),), workload.keep,
     )  # fmt: skip
     gradients = contestant.backward and workload.directions != ("forward",)
@@ -176,9 +195,11 @@ def outcome(workload: Workload, contestant: Contestant, exact: bool) -> dict[str
 
 
 def measure(
-    workload: Workload, clock: Clock, budget: float, tell: Callable[[str], None] = lambda what: None
-) -> tuple[list[Row], list[Absent]]:
-    """Rows and absences of one workload. budget: seconds that each direction's rounds may take."""
+    workload: Workload, clock: Clock, budget: float, tell: Callable[[str], None] = lambda what: None,
+    meter: Meter | None = None,
+) -> tuple[list[Row], list[Absent]]:  # fmt: skip
+    """Rows and absences of one workload. budget: seconds that each direction's rounds may take. meter: of
+    energy."""
     tell("judging")
     absent, right = [], {}
     for contestant, found in judged(workload):
@@ -198,7 +219,9 @@ def measure(
         for name, entrant in entrants.items():
             weighs = entrant.contestant.weighs
             peak = entrant.peak(workload.device) if weighs else None
-            rows.append(as_row(workload, direction, name, times, peak, right[name][1]))
+            row = as_row(workload, direction, name, times, peak, right[name][1])
+            row.joules = entrant.joules(meter) if meter else None
+            rows.append(row)
     return rows, absent
 
 

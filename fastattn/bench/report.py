@@ -149,7 +149,9 @@ def tables(results: Results) -> dict[str, str]:
     found = {"summary": summary_table(results)}
     for family in dict.fromkeys(row.family for row in results.rows):
         rows = [row for row in results.rows if row.family == family]
-        found[family] = table(HEADS, (cells(row, results) for row in rows)) + f"<p>{EXPLAINED}</p>"
+        joules = ("J",) if any(row.joules is not None for row in rows) else ()
+        lines = (cells(row, results, joules) for row in rows)
+        found[family] = table((*HEADS, *joules), lines) + f"<p>{EXPLAINED}</p>"
     if growth := results.growth():
         found["growth over S"] = growth_table(growth)
     found["left out"] = left_out(results)
@@ -235,12 +237,12 @@ def facts(found: Results | Checks) -> str:
     return f"<details><summary>{text(line)}</summary><dl>{items}</dl></details>"
 
 
-def cells(row: Row, results: Results) -> tuple[Any, ...]:
+def cells(row: Row, results: Results, more: tuple[str, ...] = ()) -> tuple[Any, ...]:
     return (
         row.case, sizes(row.sizes), row.dtype, row.direction, row.contestant, 1e3 * row.seconds,
         1e3 * row.low, 1e3 * row.high, rate(row) / 1e9, results.percent(row),
         None if row.bytes is None else row.bytes / 1e6,
-        1 / row.ratios[OURS] if OURS in row.ratios else None, row.error,
+        1 / row.ratios[OURS] if OURS in row.ratios else None, row.error, *[row.joules for _ in more],
     )  # fmt: skip
 
 

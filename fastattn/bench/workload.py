@@ -83,9 +83,10 @@ class Workload:
         return f"{self.family} {self.case} {sizes}"
 
     def inputs(self, judged: bool = False) -> Inputs:
-        """The same numbers every time, whatever else has been drawn."""
+        """The same numbers every time, whatever else has been drawn. A GPU draws its own: the billion
+        logits of a large vocabulary would take a CPU half a minute."""
         make = self.make_judged if judged and self.make_judged else self.make
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device(self.device):
             torch.manual_seed(0)
             return make()
 

@@ -40,6 +40,10 @@ def bench(
         bool, typer.Option("--compile", help="torch.compile of the naive form too; minutes more.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Of a CPU; else torch's.", min=1)] = None,
+    energy: Annotated[bool, typer.Option(help="Joules of a call, where the machine tells.")] = True,
+    seconds: Annotated[
+        float | None, typer.Option(help="End after so long; families take turns.", min=1)
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(help="Write the results there, as JSON.", metavar="FILE")
     ] = None,
@@ -68,7 +72,7 @@ def bench(
             with progress(60) as tell:
                 results = run_bench(
                     family or [], dtypes=dtypes, device=device, quick=quick, compile=compiled,
-                    progress=tell,
+                    energy=energy, seconds=seconds, progress=tell,
                 )  # fmt: skip
         finally:
             torch.set_num_threads(before)
@@ -101,6 +105,9 @@ def show(results: Results) -> None:
         rows = [row for row in results.rows if row.family == family]
         console.print(family_table(family, rows, results))
     show_growth(console, results)
+    left = results.about.get("not_reached", [])
+    if left:
+        console.print(f"not reached: {'; '.join(left)}", markup=False, soft_wrap=True)
     for sentence in absences(results):
         console.print(sentence, markup=False, soft_wrap=True)
 
@@ -113,14 +120,18 @@ def family_table(family: str, rows: Sequence[Row], results: Results) -> Table:
     table = Table(title=family, caption=CAPTION.format(ceiling=size))
     for head in ("case", "dtype", "direction", "who"):
         table.add_column(head, no_wrap=True)
-    for head in ("ms", "spread", unit(bound), "ceiling", "memory MB", "times fastattn"):
+    counted = any(row.joules is not None for row in rows)
+    heads = ("ms", "spread", unit(bound), "ceiling", "memory MB", "times fastattn")
+    for head in (*heads, "J") if counted else heads:
         table.add_column(head, justify="right", no_wrap=True)
     last: tuple[str, ...] = ()
     for row in rows:
         at = (f"{row.case} {named_sizes(row.sizes)}", row.dtype, row.direction)
         if last and at != last:
             table.add_section()
-        table.add_row(*(at if at != last else ("", "", "")), *cells(row, results))
+        joules = "" if row.joules is None else shown(row.joules)
+        own = (*cells(row, results), joules) if counted else cells(row, results)
+        table.add_row(*(at if at != last else ("", "", "")), *own)
         last = at
     return table
 

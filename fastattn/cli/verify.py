@@ -35,6 +35,9 @@ def verify(
     text: Annotated[
         str | None, typer.Option(help="Text to train on; else Python's documentation.")
     ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="End after so long, without models; says what is left.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON on stdout, all else on stderr.")
     ] = False,
@@ -53,7 +56,7 @@ def verify(
         with progress(45) as tell:
             report = run_verify(
                 operators=operator or [], backends=backend or [], dtypes=dtypes, quick=quick,
-                text=text, device=device, progress=tell,
+                text=text, device=device, seconds=seconds, progress=tell,
             )  # fmt: skip
     except ValueError as error:
         sentence = str(error).removeprefix("verify: ")
@@ -67,7 +70,8 @@ def verify(
     for sentence in report.failures:
         console.print(f"wrong: {sentence}", markup=False)
     counts = ", ".join(f"{n} {what}" for what, n in report.counts.items())
-    console.print(f"fastattn verify: {counts}, {report.seconds:.0f} s")
+    left = f", {report.unreached} not reached" if report.unreached else ""
+    console.print(f"fastattn verify: {counts}{left}, {report.seconds:.0f} s")
     raise typer.Exit(1 if report.counts["failed"] or not report.counts["passed"] else 0)
 
 

@@ -39,7 +39,8 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """errors: (tensor's name, error / allowance): at most 1 is right. declined: the backend's sentence."""
+    """errors: (tensor's name, error / allowance): at most 1 is right. declined: the backend's sentence.
+    raised: what it raised instead of a result."""
 
     case: Case
     dtype: torch.dtype
@@ -47,10 +48,12 @@ class Verdict:
     device: str = "cpu"
     errors: tuple[tuple[str, float], ...] = ()
     declined: str | None = None
+    raised: str | None = None
 
     @property
     def passed(self) -> bool:
-        return self.declined is None and all(ratio <= 1 for _, ratio in self.errors)
+        served = self.declined is None and self.raised is None
+        return served and all(ratio <= 1 for _, ratio in self.errors)
 
     @property
     def failed(self) -> bool:
@@ -64,7 +67,7 @@ class Verdict:
         wrong = ", ".join(f"{n}: {r:.3g} times the allowance" for n, r in self.errors if not r <= 1)
         dtype = str(self.dtype).removeprefix("torch.")
         where = "" if self.device == "cpu" else f", tensors on {self.device}"
-        return f"{self.case.id} in {dtype} on {self.backend}{where}: {wrong}"
+        return f"{self.case.id} in {dtype} on {self.backend}{where}: {self.raised or wrong}"
 
 
 def judge(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> Verdict:

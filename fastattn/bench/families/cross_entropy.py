@@ -37,7 +37,7 @@ def workloads(setting: Setting) -> Iterator[Workload]:
 
 
 def workload(setting: Setting, R: int, V: int) -> Workload:
-    def make() -> Inputs:
+    def make(R: int = R) -> Inputs:
         return {
             "logits": torch.randn(R, V, dtype=torch.float64) * 3,
             "target": torch.randint(V, (R,)),
@@ -54,4 +54,5 @@ def workload(setting: Setting, R: int, V: int) -> Workload:
             compiled(naive, setting),
             Contestant("liger", needing("liger_kernel", setting, liger)),
         ),
+        make_judged=lambda: make(min(R, 1024)),
     )  # fmt: skip
