@@ -124,9 +124,13 @@ def measured() -> dict[str, str]:
     """Who was the faster on GPUs like the one at hand: "attention 16" -> "triton", and "where"."""
     if "triton" in _unusable or not torch.cuda.is_available():
         return {}
-    name = f"backends-{tune.target()}.json"
+    name = backends_name(tune.target())
     found = [read_backends(folder / name) for folder in (tune.MEASURED, tune.cache_folder())]
     return found[0] | found[1]
+
+
+def backends_name(target: str) -> str:
+    return f"backends-{target}.json"
 
 
 def read_backends(path: Path) -> dict[str, str]:

@@ -98,7 +98,8 @@ def measured(workload: Workload, *arguments: Any) -> tuple[list[Row], list[Absen
     try:
         return measure(workload, *arguments)
     except RuntimeError as error:
-        return [], [missing(workload, NAIVE, f"nobody is judged: {first_line(error)}", wrong=True)]
+        naive = next(c for c in workload.contestants if c.name == NAIVE)
+        return [], [missing(workload, naive, f"nobody is judged: {first_line(error)}", wrong=True)]
 
 
 def in_turns(chosen: Sequence[Workload]) -> list[Workload]:
