@@ -2,6 +2,7 @@
 # make test     the same, and the tests;   make test-all   the slow ones too
 # make sanitize the tests again, on an extension built with the address and undefined sanitizers
 # make cuda     the extension with its CUDA kernels for every GPU, where there is an nvcc: it must load here
+# make gpu      on a CUDA or ROCm machine, with PYTHON's own torch: tests, tunes and measures, in 8 minutes
 # make lint     what CI checks besides;    make format     what the machines settle
 # make readme   what the README says of speed, again from the runs in results/
 # make clean    forget everything that was built
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: all verify test test-all sanitize cuda lint format readme clean
+.PHONY: all verify test test-all sanitize cuda gpu lint format readme clean
 
 all: $(VENV)/.installed
 
@@ -50,6 +51,10 @@ build/cuda:
 	  from fastattn.kernels import native; has = torch._C._dispatch_has_kernel_for_dispatch_key; \
 	  assert all(has('fastattn_cuda::%s_%s' % (n, w), 'CUDA') for n in ('attention', 'norm') for w in ('fwd', 'bwd')); \
 	  print('fastattn: CUDA kernels for', *native.cuda_architectures(), 'load with torch', torch.__version__)"
+
+# no virtual environment and no network: such a machine has the torch that fits it
+gpu:
+	$(PYTHON) -m fastattn gpu $(GPU)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,11 +1,13 @@
-"""fastattn info, verify, bench, plot, compile. Results on stdout, everything else on stderr."""
+"""The commands of `fastattn`, a file each. Results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import typer
 
+from .autotune import autotune
 from .bench import bench
 from .compile import compile_
+from .gpu import gpu
 from .info import info
 from .plot import plot
 from .verify import verify
@@ -21,3 +23,5 @@ app.command()(verify)
 app.command()(bench)
 app.command()(plot)
 app.command("compile")(compile_)
+app.command()(autotune)
+app.command()(gpu)
