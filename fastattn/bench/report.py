@@ -151,7 +151,8 @@ def tables(results: Results) -> dict[str, str]:
         rows = [row for row in results.rows if row.family == family]
         joules = ("J",) if any(row.joules is not None for row in rows) else ()
         lines = (cells(row, results, joules) for row in rows)
-        found[family] = table((*HEADS, *joules), lines) + f"<p>{EXPLAINED}</p>"
+        note = f"{EXPLAINED} J: joules of a call, idle power included." if joules else EXPLAINED
+        found[family] = table((*HEADS, *joules), lines) + f"<p>{note}</p>"
     if growth := results.growth():
         found["growth over S"] = growth_table(growth)
     found["left out"] = left_out(results)

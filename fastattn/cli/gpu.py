@@ -191,16 +191,24 @@ def run_all(
 
 
 def join_reports(folder: Path) -> None:
-    """Those of verify, a process each, as one file."""
-    reports = []
-    for path in sorted(folder.glob("verify-*.json")):
+    """Those of verify, a process each, as one of the same form, which fastattn plot reads."""
+    paths = sorted(folder.glob("verify-*.json"))
+    if not paths:
+        return
+    joined: dict[str, Any] = {name: [] for name in ("operators", "models", "failures")}
+    for path in paths:
         try:
-            reports.append(json.loads(path.read_text()))
+            report = json.loads(path.read_text())
         except ValueError:  # of a process that was stopped
-            reports.append({"file": path.name, "failures": ["it wrote no report"]})
+            report = {"failed": 1, "failures": [f"{path.stem}: it wrote no report"]}
+        for name, found in report.items():
+            adds = isinstance(found, list) or name in COUNTS
+            joined[name] = joined.get(name, 0) + found if adds else found
         path.unlink()
-    if reports:
-        (folder / "verify.json").write_text(json.dumps(reports, indent=1) + "\n")
+    (folder / "verify.json").write_text(json.dumps(joined, indent=1) + "\n")
+
+
+COUNTS = ("passed", "failed", "declined", "not_reached", "seconds")
 
 
 def commit_tables(folder: Path, target: str) -> list[Path]:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastattn import registry
-from fastattn.bench.results import about, read
+from fastattn.bench.results import about, read, read_checks
 from fastattn.cli import app
 from fastattn.cli.stages import OWN_TIME, SECONDS, Command, Stage, run_stages
 from fastattn.kernels.triton import tune
@@ -54,8 +54,9 @@ def check_results(folder, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["device"] == "a fake GPU" and len(summary["stages"]) == 5
     assert 'errors="0" failures="0"' in (folder / "junit.xml").read_text()
-    reports = json.loads((folder / "verify.json").read_text())
-    assert [(r["passed"], r["failed"]) for r in reports] == [(2, 0)]
+    report = json.loads((folder / "verify.json").read_text())
+    assert (report["passed"], report["failed"]) == (2, 0)
+    assert len(read_checks(folder / "verify.json").cases) == 2
     results = read(folder / "bench.json")
     assert {row.contestant for row in results.rows} >= {"fastattn", "naive"} and not results.wrong
     for place in (folder, tmp_path / "measured", tmp_path / "cache"):
@@ -172,17 +173,28 @@ def test_stages_share_what_time_is_left(tmp_path):
     assert 0.9 * OWN_TIME * 60 < float(found[2].detail) <= OWN_TIME * 60
 
 
-def test_output_goes_to_its_file_and_a_report_that_was_cut_is_said(tmp_path):
-    good, bad = (tmp_path / f"verify-triton-{name}.json" for name in ("float16", "float32"))
-    write = Command((sys.executable, "-c", "print('[1]')"), good)
-    outcomes(tmp_path, Stage("verify", 1, [write]))
-    bad.write_text('{"passed": ')
+def test_reports_become_one_and_one_that_was_cut_is_said(tmp_path):
+    report = {
+        "device": "cuda",
+        "passed": 2,
+        "failed": 0,
+        "operators": [{}, {}],
+        "models": [],
+        "failures": [],
+    }
+    for name in ("a", "b"):
+        write = Command(
+            (sys.executable, "-c", f"print({json.dumps(report)!r})"),
+            tmp_path / f"verify-{name}.json",
+        )
+        outcomes(tmp_path, Stage("verify", 1, [write]))
+    (tmp_path / "verify-c.json").write_text('{"passed": ')
     gpu.join_reports(tmp_path)
-    assert json.loads((tmp_path / "verify.json").read_text()) == [
-        [1],
-        {"file": "verify-triton-float32.json", "failures": ["it wrote no report"]},
-    ]
-    assert not good.exists() and not bad.exists()
+    assert json.loads((tmp_path / "verify.json").read_text()) == {
+        "device": "cuda", "passed": 4, "failed": 1, "operators": [{}] * 4, "models": [],
+        "failures": ["verify-c: it wrote no report"],
+    }  # fmt: skip
+    assert not list(tmp_path.glob("verify-*.json"))
 
 
 # ---- machines on which less can be done ---------------------------------------------------------
