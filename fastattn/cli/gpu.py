@@ -35,7 +35,7 @@ def gpu(
     minutes: Annotated[float, typer.Option(help="For everything together.", min=0.1)] = 7.5,
     folder: Annotated[
         Path | None,
-        typer.Option("--to", help="Else benchmarks/results/gpu-NAME.", metavar="FOLDER"),
+        typer.Option("--to", help="Else results/gpu-NAME.", metavar="FOLDER"),
     ] = None,
 ) -> None:
     """Tests, verifies, tunes and measures on this GPU, and leaves what is to be committed.
@@ -50,7 +50,7 @@ def gpu(
         typer.echo(f"fastattn gpu: {error}", err=True)
         raise typer.Exit(2) from None
     facts = about(device, quick=False) | {"target": tune.target()}
-    folder = folder or Path("benchmarks/results") / f"gpu-{slug(facts['device'])}"
+    folder = folder or Path("results") / f"gpu-{slug(facts['device'])}"
     folder.mkdir(parents=True, exist_ok=True)
     folder, building = folder.absolute(), build(device)
     stages = plan(device, folder, judged(building), building)

@@ -259,6 +259,6 @@ def test_a_failed_stage_is_the_command_s_exit_code(monkeypatch, tmp_path):
         monkeypatch.setattr(gpu, "plan", lambda *_, stages=stages: stages)
         done = CliRunner().invoke(app, ["gpu", "--minutes", "0.2"])
         assert done.exit_code == expected, done.output
-    folder = tmp_path / "benchmarks/results/gpu-nvidia-h100-80gb-hbm3"
+    folder = tmp_path / "results/gpu-nvidia-h100-80gb-hbm3"
     assert {p.name for p in folder.iterdir()} == {"log.txt", "summary.json"}
     assert "verify: failed, " in done.stderr
