@@ -129,7 +129,7 @@ def with_room(setting: Setting, bind: Callable[[Inputs], Call]) -> Callable[[Inp
 
 
 def flex(x: Inputs, setting: Setting, causal: bool) -> Call:
-    if not setting.on_gpu and not setting.compile:
+    if not setting.compile:
         raise Refusal("it is only fast compiled, which takes long: --compile asks for it")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -144,17 +144,18 @@ def flex(x: Inputs, setting: Setting, causal: bool) -> Call:
 
 
 def flash(x: Inputs, causal: bool) -> Call:
-    """(B, S, H, D) is its layout: tensors that lie so, seen as ours."""
+    """(B, S, H, D) with any strides: ours, seen so. Copies would have a copy of each gradient behind them."""
     from flash_attn import flash_attn_func
 
-    q, k, v = (x[name].transpose(1, 2).contiguous() for name in ("query", "key", "value"))
+    q, k, v = (x[name].transpose(1, 2) for name in ("query", "key", "value"))
     return lambda: flash_attn_func(q, k, v, causal=causal).transpose(1, 2)
 
 
 def xformers(x: Inputs, causal: bool) -> Call:
+    """As flash-attn's: (B, S, H, D), where the channels of a head lie together."""
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
-    q, k, v = (x[name].transpose(1, 2).contiguous() for name in ("query", "key", "value"))
+    q, k, v = (x[name].transpose(1, 2) for name in ("query", "key", "value"))
     mask = LowerTriangularMask() if causal else None
     return lambda: memory_efficient_attention(q, k, v, attn_bias=mask).transpose(1, 2)
 
