@@ -2,14 +2,15 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastattn import registry
+from fastattn import registry, verify
 from fastattn.cli import app
-from fastattn.verify import ModelReport, Report, models
+from fastattn.verify import ModelReport, Report, models, spread
 
 
 def run(*arguments):
@@ -120,3 +121,58 @@ def test_models_are_compared_on_a_users_text(tmp_path):
         assert report.curve_difference < 1e-3 and len(report.losses["naive"]) == 12
         assert report.step_seconds.keys() == report.step_bytes.keys() == {"fused", "naive"}
     assert said[0][1] == 0 and all(0 <= share <= 1 for _, share in said)
+
+
+def test_verify_ends_in_time_and_says_what_is_left():
+    done = run("verify", "--dtype", "float32", "--backend", "cpu", "--seconds", "0")
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("fastattn verify: 0 passed, 0 failed, 0 declined, ")
+    assert "not reached" in last and done.exit_code == 1  # nothing was proved
+    assert sorted(spread(50)) == list(range(50))
+    assert max(spread(50)[:10]) > 40 and min(spread(50)[:10]) < 10
+
+
+@pytest.fixture
+def raising_softmax():
+    kernel = registry.kernel("softmax", "cpu")
+
+    def forward(*arguments):
+        raise RuntimeError("an illegal memory access\nin detail")
+
+    registry.register("softmax", "cpu", kernel._replace(forward=forward))
+    yield
+    registry.register("softmax", "cpu", kernel)
+
+
+def test_a_case_that_raises_is_wrong_and_the_others_go_on(raising_softmax):
+    arguments = (
+        "verify",
+        "--operator",
+        "softmax",
+        "--operator",
+        "gelu",
+        "--dtype",
+        "float32",
+        "--backend",
+        "cpu",
+    )
+    done = run(*arguments)
+    assert done.exit_code == 1 and " 16 passed, 15 failed" in done.stdout
+    assert "in float32 on cpu: RuntimeError: an illegal memory access" in done.stdout
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert found["operators"][0]["raised"] == "RuntimeError: an illegal memory access"
+
+
+def test_a_gpu_that_answers_no_more_ends_it(raising_softmax, monkeypatch):
+    def dead():
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(
+        verify.torch, "get_device_module", lambda kind: SimpleNamespace(synchronize=dead)
+    )
+    assert verify.lost("cuda") == "cuda answers no more: CUDA error: an illegal memory access"
+    assert verify.lost("cpu") is None
+    monkeypatch.setattr(verify, "lost", lambda device: "cuda answers no more")
+    done = run("verify", "--operator", "softmax", "--dtype", "float32", "--backend", "cpu")
+    assert done.exit_code == 1 and "wrong: cuda answers no more" in done.stdout
+    assert "fastattn verify: 0 passed, 2 failed, 0 declined, 14 not reached" in done.stdout
