@@ -36,8 +36,8 @@ class Row:
     """One contestant's result. Seconds are of one call: the median and the quartiles over rounds. bytes:
     memory at its peak over what was there before, results included; None where
     that cannot be seen. error: over the allowance, at most
-    1. ratios: how many times as long each other contestant took. joules: of one call, where the machine
-    tells them (energy.py)."""
+    1. ratios: how many times as long each other contestant took; spreads: their quartiles. joules: of one
+    call, where the machine tells them (energy.py)."""
 
     family: str
     case: str
@@ -55,6 +55,7 @@ class Row:
     bytes: int | None
     error: float
     ratios: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, list[float]] = field(default_factory=dict)
     joules: float | None = None
 
 
@@ -291,14 +292,17 @@ def as_row(
     own = times[name]
     low, _, high = quantiles(own, n=4)
     flops, moved = workload.cost.of(direction)
-    ratios = {
-        other: median(theirs / mine for theirs, mine in zip(times[other], own, strict=True))
+    over_rounds = {
+        other: [theirs / mine for theirs, mine in zip(times[other], own, strict=True)]
         for other in times
         if other != name and OURS in (name, other)
     }
+    ratios = {other: median(found) for other, found in over_rounds.items()}
+    spreads = {other: quantiles(found, n=4)[::2] for other, found in over_rounds.items()}
     return Row(
         workload.family, workload.case, workload.sizes, dtype_name(workload), direction, name,
         median(own), low, high, len(own), flops, moved, workload.bound, peak, error, ratios,
+        spreads,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,13 @@ import torch
 from .. import __version__, registry
 from ..kernels import native
 from .harness import Absent, Row
-from .workload import NAIVE, OURS
+from .workload import OURS
 
 FORMAT = 1
 PACKAGES = (
     "torch", "triton", "transformers", "onnxruntime", "flash-attn", "xformers", "liger-kernel",
 )  # fmt: skip
-# A change is beyond noise where the quartiles of the two runs do not meet and it is larger than this.
+# A change may be more than noise where the quartiles of the two runs do not meet and it is larger than this.
 NOISE = 0.05
 
 
@@ -234,7 +235,12 @@ def commit() -> str | None:
 
 
 class Change(NamedTuple):
-    """factor: how many times as long the second run took; ours over naive, the same of the ratio."""
+    """factor: how many times as long the second run took; relative: the same of the times over those of
+    who took turns with it, their geometric mean, None where nobody did. A machine that is busy or slow
+    changes the first and not the second.
+
+    beyond_noise: fastattn against every one of the others; one of the others by itself and against
+    fastattn."""
 
     row: Row
     before: Row
@@ -257,10 +263,20 @@ def identity(row: Row) -> tuple[Any, ...]:
 
 
 def change(a: Row, b: Row) -> Change:
-    apart = a.high < b.low or b.high < a.low
     factor = b.seconds / a.seconds
-    relative = None
-    if b.contestant == OURS and NAIVE in a.ratios and NAIVE in b.ratios:
-        relative = a.ratios[NAIVE] / b.ratios[NAIVE]
-    beyond = apart and not 1 / (1 + NOISE) <= factor <= 1 + NOISE
-    return Change(b, a, factor, relative, beyond)
+    alone = direction((a.low, a.high), (b.low, b.high), factor)
+    others = a.spreads.keys() & b.spreads.keys()
+    factors = {name: a.ratios[name] / b.ratios[name] for name in others}
+    # a ratio is the other's time over one's own: it falls where one's own time rises
+    against = {direction(b.spreads[name], a.spreads[name], factors[name]) for name in others}
+    if b.contestant != OURS or not others:
+        against.add(alone)
+    relative = geometric_mean(factors.values()) if factors else None
+    return Change(b, a, factor, relative, against in ({-1}, {1}))
+
+
+def direction(before: Sequence[float], after: Sequence[float], factor: float) -> int:
+    """1 where it is more, -1 where less, 0 where the quartiles meet or it is too little to tell."""
+    apart = before[1] < after[0] or after[1] < before[0]
+    large = not 1 / (1 + NOISE) <= factor <= 1 + NOISE
+    return (1 if factor > 1 else -1) if apart and large else 0

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import torch
@@ -198,7 +199,7 @@ def show_changes(first: Path, second: Path, as_json: bool) -> int:
     a, b = read(first), read(second)
     changes = compare(a, b)
     beyond = [c for c in changes if c.beyond_noise]
-    slower = [c for c in beyond if c.row.contestant == OURS and c.factor > 1]
+    slower = [c for c in beyond if c.row.contestant == OURS and (c.relative or c.factor) > 1]
     if as_json:
         print(json.dumps([as_dict(c) for c in changes], indent=1, allow_nan=False))
     else:
@@ -209,6 +210,9 @@ def show_changes(first: Path, second: Path, as_json: bool) -> int:
     for name in ("machine", "device", "threads", "instruction_set", "versions"):
         if a.about.get(name) != b.about.get(name):
             console.print(f"not the same {name}: times may differ for that reason", markup=False)
+    if changes:
+        factor = median(c.factor for c in changes)
+        console.print(f"half of all results took {factor:.2f} times as long as before, or longer")
     console.print(
         f"fastattn bench: {len(changes)} results in both, {len(beyond)} changed beyond noise, "
         f"fastattn slower in {len(slower)}"
@@ -218,13 +222,14 @@ def show_changes(first: Path, second: Path, as_json: bool) -> int:
 
 def change_table(changes: Sequence[Change]) -> Table:
     caption = (
-        f"Beyond noise: the quartiles of the two runs do not meet, and the change is over {NOISE:.0%}. "
-        "against naive: the change of fastattn's time over naive's of the same rounds."
+        f"Beyond noise: the quartiles of the two runs do not meet, and the change is over {NOISE:.0%}; for "
+        "fastattn, of its time over that of every other in the same rounds, and for another, of its time and "
+        "of that over fastattn's. against others: the mean change over them, without what the machine did."
     )
     table = Table(title="changes beyond noise", caption=caption)
     for head in ("case", "dtype", "direction", "who"):
         table.add_column(head, no_wrap=True)
-    for head in ("ms before", "ms", "times as long", "against naive"):
+    for head in ("ms before", "ms", "times as long", "against others"):
         table.add_column(head, justify="right")
     for c in changes:
         row = c.row
@@ -241,6 +246,6 @@ def as_dict(c: Change) -> dict[str, object]:
     return {
         "family": row.family, "case": row.case, "sizes": row.sizes, "dtype": row.dtype,
         "direction": row.direction, "contestant": row.contestant, "seconds_before": c.before.seconds,
-        "seconds": row.seconds, "times_as_long": c.factor, "against_naive": c.relative,
+        "seconds": row.seconds, "times_as_long": c.factor, "against_others": c.relative,
         "beyond_noise": c.beyond_noise,
     }  # fmt: skip

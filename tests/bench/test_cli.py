@@ -56,11 +56,14 @@ def test_compare(tiny, tmp_path):
         if row["contestant"] == "fastattn":
             for name in ("seconds", "low", "high"):
                 row[name] *= 1000
+            row["ratios"] = {n: r / 1000 for n, r in row["ratios"].items()}
+            row["spreads"] = {n: [r / 1000 for r in s] for n, s in row["spreads"].items()}
     data["threads"] += 1
     b.write_text(json.dumps(data))
     done = run("--compare", str(a), str(b))
     assert done.exit_code == 1
     assert "1000.00" in done.stdout and "not the same threads" in done.stdout
+    assert "half of all results took 1.00 times as long as before" in done.stdout
     assert "20 results in both, 6 changed beyond noise, fastattn slower in 6" in done.stdout
     same = run("--compare", str(a), str(a), "--json")
     assert same.exit_code == 0 and not any(c["beyond_noise"] for c in json.loads(same.stdout))

@@ -60,27 +60,53 @@ def test_other_files_are_refused(tmp_path, text, sentence):
         read(tmp_path / "b.json")
 
 
-def slower(results, factor, spread):
-    """The same run with everything of ours so many times as long."""
+def later(results, machine=1.0, spread=0.1, **factors):
+    """The same run on a machine that takes so many times as long, and some by themselves as well."""
     other = copy.deepcopy(results)
     for row in other.rows:
+        own = factors.get(row.contestant, 1.0)
+        row.seconds *= machine * own
         row.low, row.high = row.seconds * (1 - spread), row.seconds * (1 + spread)
-        if row.contestant == OURS:
-            row.seconds, row.low, row.high = (factor * x for x in (row.seconds, row.low, row.high))
-            row.ratios[NAIVE] /= factor
+        row.ratios = {n: r * factors.get(n, 1.0) / own for n, r in row.ratios.items()}
+        row.spreads = {n: [r * (1 - spread), r * (1 + spread)] for n, r in row.ratios.items()}
     return other
 
 
+def beyond_noise(before, after):
+    return [c for c in compare(before, after) if c.beyond_noise]
+
+
 def test_changes_beyond_noise(results):
-    before = slower(results, 1.0, 0.1)
-    assert not any(c.beyond_noise for c in compare(before, before))
-    changes = compare(before, slower(results, 1.5, 0.1))
-    beyond = [c for c in changes if c.beyond_noise]
-    assert {c.row.contestant for c in beyond} == {OURS} and len(beyond) == 9
-    assert beyond == changes[:9]
-    assert all(c.factor == pytest.approx(1.5) == c.relative for c in beyond)
+    before = later(results)
+    assert not beyond_noise(before, before)
+    found = beyond_noise(before, later(results, fastattn=1.5))
+    assert {c.row.contestant for c in found} == {OURS} and len(found) == 9
+    assert all(c.factor == pytest.approx(1.5) == c.relative for c in found)
     # the quartiles meet
-    assert not any(c.beyond_noise for c in compare(before, slower(results, 1.15, 0.1)))
+    assert not beyond_noise(before, later(results, fastattn=1.15))
     # they do not, and it is too little to matter
-    still = slower(results, 1.0, 0.001)
-    assert not any(c.beyond_noise for c in compare(still, slower(results, 1.04, 0.001)))
+    still = later(results, spread=0.001)
+    assert not beyond_noise(still, later(results, spread=0.001, fastattn=1.04))
+
+
+def test_what_the_machine_did_is_no_change(results):
+    before = later(results)
+    assert not beyond_noise(before, later(results, machine=3.0))
+    # a machine that is faster hides nothing
+    found = beyond_noise(before, later(results, machine=0.5, fastattn=1.5))
+    ours = [c for c in found if c.row.contestant == OURS]
+    assert len(ours) == 9
+    assert all((c.factor, c.relative) == (pytest.approx(0.75), pytest.approx(1.5)) for c in ours)
+
+
+def test_a_change_of_another_is_its_own(results):
+    found = beyond_noise(later(results), later(results, peer=2.0))
+    assert {c.row.contestant for c in found} == {"peer"}
+
+
+def test_who_has_nobody_beside_it_is_held_to_its_own_time(results):
+    alone = Results(copy.deepcopy([row for row in results.rows if row.contestant == OURS]))
+    for row in alone.rows:
+        row.ratios = {}
+    found = beyond_noise(later(alone), later(alone, fastattn=2.0))
+    assert len(found) == 9 and all(c.relative is None for c in found)
