@@ -68,7 +68,7 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(SOURCES)
 
 readme: $(VENV)/.dev
-	$(BIN)/fastattn plot $(sort $(wildcard results/*.json)) --readme README.md
+	$(BIN)/fastattn plot $(wildcard results) --readme README.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastattn/_C*.so

@@ -1,4 +1,4 @@
-"""The README's section on performance, of committed runs: fastattn plot results/*.json --readme README.md"""
+"""The README's section on performance, of committed runs: fastattn plot results --readme README.md"""
 
 from __future__ import annotations
 
@@ -15,25 +15,35 @@ OPEN = ("attention-", "peers-")  # pictures that are seen at once; the others op
 Found = Results | Checks
 
 
-def performance(runs: Sequence[tuple[str, Found]], folder: str) -> str:
-    """runs: (name, of bench or verify); folder: where their files and pictures lie, seen from the README."""
-    return "\n".join(one(*run, folder) for run in runs) or NOTHING
+def performance(runs: Sequence[tuple[str, Found]]) -> str:
+    """runs: (its file as seen from the README, of bench or verify). Pictures lie beside the files."""
+    return (
+        "\n".join(
+            accuracy(file, run) if isinstance(run, Checks) else of(file, run) for file, run in runs
+        )
+        or NOTHING
+    )
 
 
-def one(name: str, found: Found, folder: str) -> str:
-    return accuracy(name, found, folder) if isinstance(found, Checks) else of(name, found, folder)
+def title(file: str) -> str:
+    """results/gpu/bench.json is known as gpu/bench."""
+    return file.removesuffix(".json").partition("/")[2] or file.removesuffix(".json")
 
 
-def of(name: str, results: Results, folder: str) -> str:
+def picture(file: str, name: str) -> str:
+    return f"![{name.replace('-', ', ')}]({file.removesuffix('.json')}-{name}.png)"
+
+
+def of(file: str, results: Results) -> str:
     rows = [row for row in results.rows if row.contestant == OURS]
     groups = dict.fromkeys((row.family, row.dtype) for row in rows)
     parts = [
-        f"**{name}**: {where(results)}",
-        reproduce(name, results, folder),
+        f"**{title(file)}**: {where(results)}",
+        reproduce(file, results),
         "Times as long as fastattn that each took, so that over 1 is slower: the geometric mean over the "
         "shapes of a family, from rounds in which all took turns.",
         summary_table(results),
-        *shown_pictures(name, results, folder),
+        *shown_pictures(file, results),
         *(
             details(f"{family}, {dtype}", family_table(results, family, dtype))
             for family, dtype in groups
@@ -62,8 +72,8 @@ def where(results: Results) -> str:
     )
 
 
-def reproduce(name: str, results: Results, folder: str) -> str:
-    command, file = results.about.get("command"), f"{folder}/{name}.json"
+def reproduce(file: str, results: Results) -> str:
+    command = results.about.get("command")
     minutes = float(results.about.get("seconds", 0.0)) / 60
     return (
         f"All of it is in [`{file}`]({file}). To make the run again, {minutes:.0f} minutes there, and see "
@@ -94,6 +104,7 @@ def family_table(results: Results, family: str, dtype: str) -> str:
     ours = [row for row in here if row.contestant == OURS and row.direction != "backward"]
     names = dict.fromkeys(name for row in ours for name in row.ratios)
     unit = "GFLOP/s" if ours[0].bound == "flops" else "GB/s"
+    metered = any(row.joules for row in ours)
     rows = []
     for row in ours:
         other = naive.get((row.case, *row.sizes.items(), row.direction))
@@ -102,24 +113,32 @@ def family_table(results: Results, family: str, dtype: str) -> str:
             f"{results.percent(row):.0f} %",
             *(ratio(row.ratios[name]) if name in row.ratios else "" for name in names),
             megabytes(row.bytes), megabytes(other.bytes if other else None),
+            *([digits(row.joules) if row.joules else ""] if metered else []),
         ))  # fmt: skip
-    heads = ("shape", "direction", "ms", unit, "of ceiling", *names, "MB", "naive MB")
+    heads = (
+        "shape",
+        "direction",
+        "ms",
+        unit,
+        "of ceiling",
+        *names,
+        "MB",
+        "naive MB",
+        *["J"] * metered,
+    )
     return markdown(heads, rows, words=2)
 
 
-def shown_pictures(name: str, results: Results, folder: str) -> list[str]:
-    links = {
-        title: f"![{title.replace('-', ', ')}]({folder}/{name}-{title}.png)"
-        for title in chosen(results)
-    }
-    seen = [link for title, link in links.items() if title.startswith(OPEN)]
-    rest = [link for title, link in links.items() if not title.startswith(OPEN)]
+def shown_pictures(file: str, results: Results) -> list[str]:
+    names = chosen(results)
+    seen = [picture(file, name) for name in names if name.startswith(OPEN)]
+    rest = [picture(file, name) for name in names if not name.startswith(OPEN)]
     return [*seen, details("more pictures", "\n\n".join(rest)) if rest else ""]
 
 
 def chosen(results: Results) -> list[str]:
     """Backward alone is left to fastattn plot: both has it in it."""
-    return [title for title in pictures(results) if "-backward-" not in title]
+    return [name for name in pictures(results) if "-backward-" not in name]
 
 
 def left_out(results: Results) -> str:
@@ -135,7 +154,7 @@ def left_out(results: Results) -> str:
 # ---- fastattn verify ----------------------------------------------------------------------------
 
 
-def accuracy(name: str, checks: Checks, folder: str) -> str:
+def accuracy(file: str, checks: Checks) -> str:
     """The worst error over the allowance by operator and backend, of every dtype."""
     backends = dict.fromkeys(c.backend for c in checks.cases if c.declined is None)
     operators = dict.fromkeys(c.operator for c in checks.cases)
@@ -144,14 +163,14 @@ def accuracy(name: str, checks: Checks, folder: str) -> str:
                      for backend in backends))
         for operator in operators
     )  # fmt: skip
-    about, file = checks.about, f"{folder}/{name}.json"
+    about = checks.about
     return (
-        f"**{name}**: the worst error over the allowed one, of all outputs, gradients and dtypes, at most 1 "
-        f"being right, and how many cases that is of. `fastattn verify --json` on {about['device']}, "
+        f"**{title(file)}**: the worst error over the allowed one, of all outputs, gradients and dtypes: "
+        f"at most 1 is right; in brackets, of how many cases. `fastattn verify --json` on {about['device']}, "
         f"torch {about['torch']}, {about['instruction_set']}: {about['passed']} passed, "
         f"{about['failed']} failed, {about['declined']} declined ([`{file}`]({file})).\n\n"
         + markdown(("operator", *backends), rows, words=1)
-        + f"\n\n![error over allowance]({folder}/{name}-accuracy.png)\n"
+        + f"\n\n{picture(file, 'accuracy')}\n"
     )
 
 

@@ -111,7 +111,7 @@ def exponent(rows: Sequence[Row], what: str) -> float | None:
 
 def read(path: Path) -> Results:
     data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not is_run(data):
         raise ValueError(f"{path} does not hold results of fastattn bench, format {FORMAT}")
     names = set(Row.__dataclass_fields__)
     rows = [Row(**{n: v for n, v in row.items() if n in names}) for row in data["rows"]]
@@ -119,6 +119,14 @@ def read(path: Path) -> Results:
     apart = ("format", "ceilings", "rows", "absent", "growth")
     about = {n: v for n, v in data.items() if n not in apart}
     return Results(rows, absent, data["ceilings"], about)
+
+
+def is_run(data: Any) -> bool:
+    return isinstance(data, dict) and data.get("format") == FORMAT and "ceilings" in data
+
+
+def holds_run(path: Path) -> bool:
+    return is_run(read_json(path))
 
 
 def read_json(path: Path) -> Any:

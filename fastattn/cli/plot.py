@@ -14,7 +14,7 @@ from ..bench import Results, read
 from ..bench.pictures import Pictures, accuracy, need_matplotlib, pictures
 from ..bench.readme import chosen, performance
 from ..bench.report import report
-from ..bench.results import Checks, read_checks
+from ..bench.results import Checks, holds_run, read_checks
 from .parts import read_part, write_part
 
 Found = Results | Checks
@@ -23,7 +23,7 @@ Found = Results | Checks
 def plot(
     results: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files of fastattn bench --save, or of verify --json."),
+        typer.Argument(help="Files of fastattn bench --save or verify --json, or folders of them."),
     ] = None,
     folder: Annotated[
         Path, typer.Option("--to", help="Where pictures and report go.", metavar="FOLDER")
@@ -52,7 +52,10 @@ def plot(
 
 def write_report(folder: Path, runs: dict[Path, Found]) -> int:
     if not runs:
-        raise ValueError("name files of results, or --readme for one that has none")
+        raise ValueError("name files or folders that hold results")
+    names = [path.stem for path in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"files need names that differ, got {', '.join(map(str, runs))}")
     need_matplotlib()
     drawn = {
         path: [(title, draw()) for title, draw in drawings(run).items()]
@@ -70,9 +73,6 @@ def write_report(folder: Path, runs: dict[Path, Found]) -> int:
 def write_readme(readme: Path, runs: dict[Path, Found]) -> int:
     """The pictures of an earlier run of the same name go."""
     read_part(readme, "performance")
-    folders = {path.parent for path in runs}
-    if len(folders) > 1:
-        raise ValueError(f"files need to lie in one folder, got {', '.join(map(str, folders))}")
     if runs:
         need_matplotlib()
     drawn = {
@@ -92,15 +92,20 @@ def write_readme(readme: Path, runs: dict[Path, Found]) -> int:
 
 def section(readme: Path, runs: dict[Path, Found]) -> str:
     """The text alone, for which nothing is drawn."""
-    folder = next((os.path.relpath(path.parent, readme.parent) for path in runs), ".")
-    return performance([(path.stem, run) for path, run in runs.items()], Path(folder).as_posix())
+    seen = {
+        Path(os.path.relpath(path, readme.parent)).as_posix(): run for path, run in runs.items()
+    }
+    return performance(list(seen.items()))
 
 
 def read_runs(paths: Iterable[Path]) -> dict[Path, Found]:
-    """By the names of the files, which must differ: pictures are named after them."""
-    runs = {path: read_checks(path) or read(path) for path in paths}
-    if len({path.stem for path in runs}) < len(runs):
-        raise ValueError(f"files need names that differ, got {', '.join(map(str, runs))}")
+    runs: dict[Path, Found] = {}
+    for path in paths:
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            found = read_checks(file)
+            if found is None and path.is_dir() and not holds_run(file):
+                continue  # tables and summaries lie there too
+            runs[file] = found or read(file)
     return runs
 
 

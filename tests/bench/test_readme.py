@@ -13,25 +13,23 @@ from fastattn.cli.parts import read_part
 from fastattn.cli.plot import read_runs, section
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "results").glob("*.json"))
+RUNS = read_runs(p for p in [ROOT / "results"] if p.is_dir())
 
 
 def test_the_readme_has_what_results_say():
-    assert read_part(ROOT / "README.md", "performance") == section(
-        ROOT / "README.md", read_runs(FILES)
-    )
+    assert read_part(ROOT / "README.md", "performance") == section(ROOT / "README.md", RUNS)
 
 
 def test_pictures_of_the_readme_are_there_and_small():
     linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", read_part(ROOT / "README.md", "performance"))
     sizes = [(ROOT / path).stat().st_size for path in linked]
     assert sum(sizes) < 400_000
-    kept = {str(path.relative_to(ROOT)) for path in (ROOT / "results").glob("*.png")}
+    kept = {str(path.relative_to(ROOT)) for path in (ROOT / "results").rglob("*.png")}
     assert kept == set(linked)
 
 
 def test_committed_runs_say_how_they_were_made():
-    for run in read_runs(FILES).values():
+    for run in RUNS.values():
         if isinstance(run, Results):
             said = ("command", "commit", "date", "machine", "threads", "versions")
             assert all(run.about.get(name) for name in said)
@@ -39,7 +37,7 @@ def test_committed_runs_say_how_they_were_made():
 
 
 def test_a_run_becomes_text(results):
-    text = performance([("mine", results)], "results")
+    text = performance([("results/mine.json", results)])
     assert "fastattn bench double --threads 3 --save mine.json" in text
     assert "fastattn bench --compare results/mine.json mine.json" in text
     for words in (
@@ -60,13 +58,14 @@ def test_a_run_becomes_text(results):
     )
     assert "backward |" not in text and "(results/mine-double-both-float32.png)" in text
     assert "Not timed: wrong (wrong, and so not timed: " in text and "absent (not here)" in text
-    assert performance([], "") == NOTHING
+    assert performance([]) == NOTHING
 
 
 def test_verify_becomes_text(checks):
-    text = performance([("verify", read_runs([checks])[checks])], "results")
+    text = performance([("results/gpu/verify.json", read_runs([checks])[checks])])
     assert "| operator | cpu | triton |" in text and "| 0.50 (1) | inf (1) |" in text
-    assert "1 passed, 1 failed, 1 declined ([`results/verify.json`]" in text
+    assert text.startswith("**gpu/verify**: ") and "(results/gpu/verify-accuracy.png)" in text
+    assert "1 passed, 1 failed, 1 declined ([`results/gpu/verify.json`]" in text
 
 
 def test_plot_writes_the_readme_and_its_pictures(run_file, checks, tmp_path):
@@ -84,6 +83,13 @@ def test_plot_writes_the_readme_and_its_pictures(run_file, checks, tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == set(linked)
     assert text.startswith("a\n<!-- performance: x -->\n**run**: ")
     assert text.endswith("\n<!-- end of performance -->\nb\n") and "\nold\n" not in text
+
+
+def test_of_a_folder_the_runs_are_taken(run_file, checks, tmp_path):
+    (tmp_path / "blocks.json").write_text('{"format": 1}')
+    (tmp_path / "gpu").mkdir()
+    checks.rename(tmp_path / "gpu" / "verify.json")
+    assert list(read_runs([tmp_path])) == [tmp_path / "gpu" / "verify.json", run_file]
 
 
 def test_a_readme_without_a_place_for_it(run_file, tmp_path):
