@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -53,9 +53,7 @@ def plot(
 def write_report(folder: Path, runs: dict[Path, Found]) -> int:
     if not runs:
         raise ValueError("name files or folders that hold results")
-    names = [path.stem for path in runs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"files need names that differ, got {', '.join(map(str, runs))}")
+    names = report_names(list(runs))
     need_matplotlib()
     drawn = {
         path: [(title, draw()) for title, draw in drawings(run).items()]
@@ -64,10 +62,19 @@ def write_report(folder: Path, runs: dict[Path, Found]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for path, pngs in drawn.items():
         for title, data in pngs:
-            (folder / f"{path.stem}-{title}.png").write_bytes(data)
-    page = report([(path.stem, run, drawn[path]) for path, run in runs.items()])
+            (folder / f"{names[path]}-{title}.png").write_bytes(data)
+    page = report([(names[path], run, drawn[path]) for path, run in runs.items()])
     (folder / "report.html").write_text(page, encoding="utf-8")
     return sum(map(len, drawn.values()))
+
+
+def report_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """A file's own name, with its folder's where another has the same."""
+    stems = [path.stem for path in paths]
+    names = {p: p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}-{p.stem}" for p in paths}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"files need names that differ, got {', '.join(map(str, paths))}")
+    return names
 
 
 def write_readme(readme: Path, runs: dict[Path, Found]) -> int:

@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from fastattn.bench.pictures import pictures
 from fastattn.bench.report import report
 from fastattn.bench.results import read_checks
 from fastattn.cli import app
+from fastattn.cli.plot import report_names
 from fastattn.verify.cases import CASES
 
 
@@ -91,6 +93,13 @@ def test_the_report_has_the_errors_of_every_backend(checks):
             ("cuda", "bfloat16", (0, 0, 1), "<td></td></tr>"),
         )
     ]
+
+
+def test_names_of_runs():
+    a, b, c = (Path(name) for name in ("cpu.json", "x/verify.json", "y/verify.json"))
+    assert list(report_names([a, b, c]).values()) == ["cpu", "x-verify", "y-verify"]
+    with pytest.raises(ValueError, match="names that differ, got z/x/verify.json, x/verify.json"):
+        report_names([Path("z/x/verify.json"), b])
 
 
 @pytest.mark.parametrize("text, sentence", [
