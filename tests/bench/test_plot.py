@@ -98,7 +98,7 @@ def test_the_report_has_the_errors_of_every_backend(checks):
 def test_names_of_runs():
     a, b, c = (Path(name) for name in ("cpu.json", "x/verify.json", "y/verify.json"))
     assert list(report_names([a, b, c]).values()) == ["cpu", "x-verify", "y-verify"]
-    with pytest.raises(ValueError, match="names that differ, got z/x/verify.json, x/verify.json"):
+    with pytest.raises(ValueError, match="names that differ, got z/x/"):
         report_names([Path("z/x/verify.json"), b])
 
 
