@@ -22,9 +22,15 @@ def loaded():
 wheels = loaded()
 Cell = wheels.Cell
 PIP = "Looking in indexes\nERROR: Could not find a version\nERROR: No matching distribution found for torch==2.9.0\n"
-UV = """  × No solution found when resolving dependencies:
-  ╰─▶ Because torch==2.10.0 has no wheels with a matching Python ABI tag (e.g.,
-      `cp315`), we can conclude that torch==2.10.0 cannot be used.
+UV = """error: No solution found when resolving dependencies
+  cause: Because torch==2.15.0 has no wheels with a matching Python implementation tag (e.g., `cp310`)
+and you require torch==2.15.0, we can conclude that your requirements are unsatisfiable.
+
+hint: You require CPython 3.10 (`cp310`), but we only found wheels for `torch` (v2.15.0) with others
+"""
+OLDER_UV = """  × No solution found when resolving dependencies:
+  ╰─▶ Because torch==2.15.0 has no wheels with a matching Python implementation tag (e.g.,
+      `cp310`), we can conclude that torch==2.15.0 cannot be used.
 """
 
 
@@ -82,9 +88,10 @@ def test_what_installs_and_fails_is_wrong(monkeypatch, tmp_path, answers, says):
 
 def test_installers_give_a_sentence():
     assert wheels.why(PIP) == "No matching distribution found for torch==2.9.0"
-    assert wheels.why(UV) == (
-        "Because torch==2.10.0 has no wheels with a matching Python ABI tag (e.g., `cp315`)"
-    )
+    for said in (UV, OLDER_UV):
+        assert wheels.why(said) == (
+            "Because torch==2.15.0 has no wheels with a matching Python implementation tag (e.g., `cp310`)"
+        )
     assert wheels.why("one\n\nthe last \n") == "the last" and wheels.why(" ") == "no word of it"
 
 
