@@ -106,7 +106,8 @@ def attention_forms(way: str, dtype: str, D: int, quick: bool) -> tuple[str, ...
     if dtype == "float16":
         return ("full", "causal")
     if dtype == "float32":
-        return ("causal", "featured", "decode") if way == "fwd" else ("causal", "featured")
+        forms = ("causal", "featured", "packed")
+        return (*forms, "decode") if way == "fwd" else forms
     return ATTENTION_FORMS if way == "fwd" else ATTENTION_FORMS[:5]
 
 

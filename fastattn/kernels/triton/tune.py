@@ -77,7 +77,7 @@ TABLES: dict[str, dict[tuple[str, int], Row]] = {
     },
     "sm_90": {
         ("attention_fwd", 16): (C(128, 64, 8, 3), C(128, 128, 8, 2), C(128, 64, 8, 2)),
-        ("attention_fwd", 32): (C(32, 32, 4, 2), C(32, 32, 8, 1), C(32, 32, 8, 1)),
+        ("attention_fwd", 32): (C(32, 32, 4, 2), C(32, 32, 8, 1), C(16, 64, 8, 1)),
         ("attention_fwd featured", 16): (C(128, 64, 8, 2), C(128, 64, 8, 2), C(64, 64, 8, 2)),
         ("attention_fwd featured", 32): (C(32, 32, 4, 2), C(32, 32, 8, 1), C(32, 32, 8, 1)),
         ("attention_fwd few", 16): (C(16, 64, 4, 3), C(16, 64, 4, 3), C(16, 64, 4, 2)),
@@ -117,7 +117,7 @@ TABLES: dict[str, dict[tuple[str, int], Row]] = {
     },
     "sm_120": {
         ("attention_fwd", 16): (C(128, 64, 8, 3), C(128, 64, 8, 2), C(64, 32, 8, 2)),
-        ("attention_fwd", 32): (C(32, 32, 4, 2), C(32, 32, 8, 1), C(32, 32, 8, 1)),
+        ("attention_fwd", 32): (C(32, 32, 4, 2), C(32, 32, 8, 1), C(16, 64, 8, 1)),
         ("attention_fwd featured", 16): (C(128, 64, 8, 2), C(128, 64, 8, 2), C(32, 32, 4, 1)),
         ("attention_fwd featured", 32): (C(32, 32, 4, 2), C(32, 32, 8, 1), C(32, 32, 8, 1)),
         ("attention_fwd few", 16): (C(16, 64, 4, 3), C(16, 64, 4, 3), C(16, 64, 4, 2)),
@@ -127,7 +127,7 @@ TABLES: dict[str, dict[tuple[str, int], Row]] = {
         ("attention_bwd_keys featured", 16): (C(32, 32, 4, 2), C(32, 64, 4, 1), C(16, 32, 4, 1)),
         ("attention_bwd_keys featured", 32): (C(32, 64, 8, 2), C(16, 32, 4, 1), C(16, 16, 8, 1)),
         ("attention_bwd_queries", 16): (C(64, 32, 4, 2), C(64, 64, 8, 2), C(64, 32, 8, 1)),
-        ("attention_bwd_queries", 32): (C(64, 32, 8, 2), C(16, 32, 4, 1), C(16, 16, 4, 1)),
+        ("attention_bwd_queries", 32): (C(64, 32, 8, 2), C(32, 16, 4, 1), C(16, 16, 4, 1)),
         ("attention_bwd_queries featured", 16): (C(32, 32, 4, 2), C(64, 64, 8, 2), C(16, 32, 4, 1)),
         ("attention_bwd_queries featured", 32): (C(32, 64, 8, 2), C(16, 32, 4, 1), C(16, 16, 4, 1)),
         ("attention_bwd_bias", 16): (C(64, 32, 4, 2), C(64, 64, 8, 2), C(32, 32, 4, 1)),
