@@ -8,7 +8,7 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(FASTATTN_AVX512) || defined(__aarch64__)
 constexpr int tile_rows(int vectors) { return vectors == 1 ? 16 : 8; }
 #else
 constexpr int tile_rows(int vectors) { return vectors == 1 ? 8 : 4; }
@@ -228,7 +228,7 @@ FA_INLINE void outer_tile(
       store(at, load(at) + acc[r][v]);
     }
 }
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(FASTATTN_AVX512) || defined(__aarch64__)
 constexpr int kOuterRows = 6, kOuterVectors = 4;
 #else
 constexpr int kOuterRows = 6, kOuterVectors = 2;

@@ -8,6 +8,7 @@
 #endif
 #define FASTATTN_ISA avx2
 #define FASTATTN_LANES 8
+#define FASTATTN_AVX2  // GCC 12 defines no __AVX2__ after its pragma
 #include "kernels-inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -10,6 +10,7 @@
 #endif
 #define FASTATTN_ISA avx512
 #define FASTATTN_LANES 16
+#define FASTATTN_AVX512  // GCC 12 defines no __AVX512F__ after its pragma
 #include "kernels-inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop

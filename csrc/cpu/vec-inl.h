@@ -25,10 +25,10 @@ FA_INLINE Vec splat(float x) { return x - Vec{}; }
 FA_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // -ffp-contract=fast fuses it
 
 // Both return b where either is NaN, as x86 does.
-#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
 FA_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
 FA_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif FASTATTN_LANES == 8 && defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
 FA_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
 FA_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
@@ -37,7 +37,7 @@ FA_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 #endif
 
 // The two halves of each 64-bit product. Processors multiply every other lane at a time.
-#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
 FA_INLINE void multiply(UVec a, uint32_t b, UVec* high, UVec* low) {
   const __m512i factor = _mm512_set1_epi32((int)b);
   const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
@@ -45,7 +45,7 @@ FA_INLINE void multiply(UVec a, uint32_t b, UVec* high, UVec* low) {
   *high = (UVec)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
   *low = (UVec)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
 }
-#elif FASTATTN_LANES == 8 && defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
 FA_INLINE void multiply(UVec a, uint32_t b, UVec* high, UVec* low) {
   const __m256i factor = _mm256_set1_epi32((int)b);
   const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
@@ -84,14 +84,14 @@ FA_INLINE float reduce_max(Vec v) {
 FA_INLINE Vec load(const float* p) { return *(const VecUnaligned*)p; }
 FA_INLINE void store(float* p, Vec v) { *(VecUnaligned*)p = v; }
 
-#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
 FA_INLINE UVec widen(const uint16_t* p) {
   return (UVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 }
 FA_INLINE void narrow(uint16_t* p, UVec v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
 }
-#elif FASTATTN_LANES == 8 && defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
 FA_INLINE UVec widen(const uint16_t* p) {
   return (UVec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
 }
@@ -118,14 +118,14 @@ FA_INLINE void store(bf16* p, Vec v) {
   narrow(&p->bits, v == v ? rounded : (UVec)(IVec{} + 0x7fc0));
 }
 
-#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
 FA_INLINE Vec load(const fp16* p) {
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
 FA_INLINE void store(fp16* p, Vec v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
-#elif FASTATTN_LANES == 8 && defined(__F16C__)
+#elif defined(FASTATTN_AVX2)
 FA_INLINE Vec load(const fp16* p) {
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
@@ -144,9 +144,9 @@ FA_INLINE void store(fp16* p, Vec v) {
 #endif
 
 FA_INLINE Vec load(const uint8_t* p) {
-#if FASTATTN_LANES == 16 && defined(__AVX512F__)
+#if defined(FASTATTN_AVX512)
   return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif FASTATTN_LANES == 8 && defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
   return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
   Vec v = {};
