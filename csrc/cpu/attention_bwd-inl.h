@@ -12,25 +12,12 @@ namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t kChunkKeys = 256;  // dK, dV and fp32 K, V: 256 KB at D = 64
 
-FA_INLINE int64_t padded(int64_t cols) { return cuts(cols, kLanes) * kLanes; }
-
 // A block of queries as the products want it: slots 0 and 1 of the scratch.
 struct BlockInputs {
   float *queries, *douts;         // QT (D x W), dOT (Dv x W), group after group
   float *query_rows, *dout_rows;  // (rows x padded D), (rows x padded Dv)
   float lse[kBlockRows], lse_low[kBlockRows], delta[kBlockRows];
 };
-
-static void widen_block(
-    const Block& block, const Heads& x, const Sequence& s, int64_t cols, float* out) {
-  const int64_t width = padded(cols);
-  for (int r = 0; r < block.rows; ++r) {
-    const int64_t i = s.query_start + block.query[r];
-    const void* row = offset_by(x.data, x.dtype, x.at(s.b, block.head[r], i));
-    if (width > 0) std::memset(out + r * width + width - kLanes, 0, kLanes * sizeof(float));
-    FASTATTN_DISPATCH(x.dtype, widen_row, row, cols, out + r * width);
-  }
-}
 
 static void read_block(
     const AttentionArgs& args, const AttentionGradients& grads, const Sequence& s,
@@ -176,6 +163,33 @@ FA_INLINE int64_t first_query(const AttentionArgs& args, int64_t b) {
   return args.cu_seqlens_q != nullptr ? args.cu_seqlens_q[b] : b * args.Sq;
 }
 
+// Where every query and key has a bias of its own, its gradient falls off in the same pass: a task
+// then takes its chunk in all sequences that share the bias, one after another, and sums what they
+// give. Else, or where such tasks would be few or their sums large, it has a pass of its own.
+struct BiasInPass {
+  int64_t sequences = 0;  // that share a bias; 0: not in this pass
+  int64_t chunks = 0, heads = 0;
+  Blocks cut{0};
+
+  BiasInPass(const AttentionArgs& args, const AttentionGradients& grads) : cut(args.Sq) {
+    const Scores& out = grads.dbias;
+    if (out.data == nullptr || out.col != 1 || out.size[1] != args.Hq || out.size[2] != args.Sq ||
+        out.size[3] != args.Sk)
+      return;
+    chunks = cuts(args.Sk, kChunkKeys);
+    heads = args.Hq / args.Hkv;
+    const int64_t sharing = out.size[0] == 1 ? args.B : 1;
+    if (sharing > 0 && args.B / sharing * args.Hkv * chunks >= 16 && heads * args.Sq <= 8192)
+      sequences = sharing;
+  }
+  int64_t tasks(const AttentionArgs& args) const { return args.B / sequences * args.Hkv * chunks; }
+  int64_t entries() const { return heads * cut.count * kChunkKeys * kBlockRows; }
+  // The sums of a block: (kChunkKeys, kBlockRows).
+  float* of(float* sums, int64_t head, int64_t block) const {
+    return sums + (head % heads * cut.count + block) * kChunkKeys * kBlockRows;
+  }
+};
+
 // Some heads of some sequences whose dQ is summed at one time, in fp32: where dQ is fp32 itself
 // these are all; else few enough that 64k queries of many heads do not all have fp32 sums. Rows are
 // counted a sequence after another, and there a head after another.
@@ -192,23 +206,59 @@ struct Backward {
   double* slopes;                 // (Hq, chunks), zero, or null: a chunk's share
   std::atomic<bool>* failed;
   Round round;
+  BiasInPass bias;
+
+  int64_t tasks() const {
+    return bias.sequences > 0 ? bias.tasks(args) : chunks.total() * args.Hkv;
+  }
 
   void run(int64_t task) const {
     if (*failed) return;
     try {
-      run_chunk(task);
+      run_task(task);
     } catch (...) {
       *failed = true;
       throw;
     }
   }
 
-  void run_chunk(int64_t task) const {
+  void run_task(int64_t task) const {
+    if (bias.sequences > 0) return run_with_bias(task);
     const int64_t b = chunks.sequence_of(task / args.Hkv);
     const int64_t place = task - chunks.begin(b) * args.Hkv;
-    const int64_t kv_head = place / chunks.of(b), group = args.Hq / args.Hkv;
+    run_chunk(b, place / chunks.of(b), place % chunks.of(b), nullptr);
+  }
+
+  void run_with_bias(int64_t task) const {
+    const int64_t index = task % bias.chunks, kv_head = task / bias.chunks % args.Hkv;
+    const int64_t first = task / bias.chunks / args.Hkv * bias.sequences;
+    float* sums = thread_scratch(6, bias.entries());
+    std::memset(sums, 0, bias.entries() * sizeof(float));
+    for (int64_t b = first; b < first + bias.sequences; ++b) run_chunk(b, kv_head, index, sums);
+    for (int64_t head = kv_head * bias.heads; head < (kv_head + 1) * bias.heads; ++head)
+      for (int64_t block = 0; block < bias.cut.count; ++block)
+        write_bias(first, head, block, index * kChunkKeys, bias.of(sums, head, block));
+  }
+
+  void write_bias(int64_t b, int64_t head, int64_t block, int64_t key, const float* sums) const {
+    const Scores& out = grads.dbias;
+    const int64_t first = block * bias.cut.rows_each;
+    const int64_t rows = smaller(bias.cut.rows_each, args.Sq - first);
+    float ones[kLanes];
+    store(ones, splat(1.f));
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      void* row[kLanes] = {};
+      for (int64_t l = 0; l < smaller(kLanes, rows - r); ++l)
+        row[l] = offset_by(
+            out.data, out.dtype, out.at(out.size[0] == 1 ? 0 : b, head, first + r + l) + key);
+      unpack(out.dtype, sums + r, kBlockRows, smaller(kChunkKeys, args.Sk - key), ones, row);
+    }
+  }
+
+  void run_chunk(int64_t b, int64_t kv_head, int64_t index, float* bias_sums) const {
+    const int64_t group = args.Hq / args.Hkv;
     const Sequence s = sequence(args, b);
-    Chunk chunk{place % chunks.of(b), place % chunks.of(b) * kChunkKeys};
+    Chunk chunk{index, index * kChunkKeys};
     chunk.keys = smaller(kChunkKeys, key_rows(args, s) - chunk.start);
     chunk.readable = larger(0, smaller(chunk.keys, s.Sk - chunk.start));
     const int64_t D = padded(args.D), Dv = padded(args.Dv);
@@ -223,14 +273,15 @@ struct Backward {
       const Tile v =
           read_keys(args, args.value, s, kv_head, chunk.start, chunk.readable, args.Dv, chunk.v);
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-        walk_queries(s, head, chunk, k, v);
+        walk_queries(s, head, chunk, k, v, bias_sums);
     }
     write_rows(grads.dkey, s, kv_head, chunk, chunk.dk, args.D, args.scale);
     write_rows(grads.dvalue, s, kv_head, chunk, chunk.dv, args.Dv, 1.f);
   }
 
   void walk_queries(
-      const Sequence& s, int64_t head, const Chunk& chunk, const Tile& k, const Tile& v) const {
+      const Sequence& s, int64_t head, const Chunk& chunk, const Tile& k, const Tile& v,
+      float* bias_sums) const {
     const Blocks cut(s.Sq);
     double slope = 0;
     for (int64_t index = 0; index < cut.count; ++index) {
@@ -247,8 +298,9 @@ struct Backward {
       read_block(args, grads, s, block, groups, count, rows, &in);
       float* dquery = thread_scratch(5, kBlockRows * args.D);
       std::memset(dquery, 0, block.vectors * kLanes * args.D * sizeof(float));
+      float* dbias = bias_sums == nullptr ? nullptr : bias.of(bias_sums, head, index);
       for (const Group* group = groups; group != groups + count; ++group)
-        slope += walk_tiles(s, block, *group, in, chunk, k, v, dquery);
+        slope += walk_tiles(s, block, *group, in, chunk, k, v, dquery, dbias);
       if (grads.dquery.data == nullptr) continue;
       std::atomic<int32_t>& turn = turns[head * blocks.total() + blocks.begin(s.b) + index];
       if (!take_turn(turn, (int32_t)(chunk.index - block.keys.begin / kChunkKeys))) return;
@@ -260,7 +312,7 @@ struct Backward {
 
   double walk_tiles(
       const Sequence& s, const Block& block, const Group& group, const BlockInputs& in,
-      const Chunk& chunk, const Tile& k, const Tile& v, float* dquery) const {
+      const Chunk& chunk, const Tile& k, const Tile& v, float* dquery, float* dbias) const {
     const int64_t begin = larger(group.some.begin, chunk.start);
     const int64_t end = smaller(group.some.end, chunk.start + chunk.readable);
     const int64_t D = padded(args.D), Dv = padded(args.Dv), W = group.vectors * kLanes;
@@ -273,6 +325,7 @@ struct Backward {
           values{v.data + from * v.stride, v.stride};
       grade_tile_any(args, block, group, s, in, keys, values, key, n, tile);
       if (slopes != nullptr) slope += slope_gradient(block, group, s, key, n, tile.dscores);
+      if (dbias != nullptr) add_bias(group, n, tile.dscores, dbias + from * kBlockRows);
       if (args.softcap > 0)
         for (int64_t e = 0; e < n * W; e += kLanes)
           store(tile.dscores + e, load(tile.dscores + e) * load(tile.cap_slope + e));
@@ -285,6 +338,14 @@ struct Backward {
         add_outer(tile.dscores, W, n, in.query_rows + group.lane * D, rows, D, chunk.dk + from * D);
     }
     return slope;
+  }
+
+  static void add_bias(const Group& group, int64_t n, const float* dscores, float* sums) {
+    for (int64_t k = 0; k < n; ++k)
+      for (int v = 0; v < group.vectors; ++v) {
+        float* at = sums + k * kBlockRows + group.lane + v * kLanes;
+        store(at, load(at) + load(dscores + (k * group.vectors + v) * kLanes));
+      }
   }
 
   // False where the chunk that is waited for has failed.
@@ -503,7 +564,8 @@ struct BiasBackward {
 
 // ---- the whole -------------------------------------------------------------------------------
 
-// delta = sum(dO * O) - dlse; the binding has put -dlse there. Rows stand in lanes, so that the
+// delta = sum(dO * O) - dlse; the binding has put -dlse there. With dropout, rows of one key are
+// DroppedDelta's. Rows stand in lanes, so that the
 // terms of a row are added one after another, as those of dP are: where one key has all the weight,
 // dP - delta is exactly 0, as it is in naive PyTorch.
 static void attention_delta(const AttentionArgs& args, const AttentionGradients& grads) {
@@ -526,14 +588,16 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
       for (int64_t d = 0; d < args.Dv; ++d)
         sum = fma(load(outs + d * kLanes), load(douts + d * kLanes), sum);
       const int64_t at = s.b * args.lse_batch + head * args.lse_head + s.query_start + first;
+      if (args.dropout) sum = load_first(args.lse_low + at, n) == Vec{} ? Vec{} : sum;
       store_first(grads.delta + at, load_first(grads.delta + at, n) + sum, n);
     }
   });
 }
 
-// The same with dropout, as sum(P * dP): out was rounded after its scaling by 1 / (1 - p), so that
-// where one key has all the weight sum(dO * O) would leave dS a rounding of dP (up to 2.4 times the
-// allowance in the gradient of a slope) in place of 0.
+// With dropout the same as sum(P * dP), in rows where one key has all the weight. There dS is 0,
+// and out, rounded after its scaling by 1 / (1 - p), would leave it a rounding of dP (up to 2.4
+// times the allowance in the gradient of a slope). The sum of such a row is 1, so its lse is a
+// score and has no low part; elsewhere one of 2^24 rows has none.
 struct DroppedDelta {
   const AttentionArgs& args;
   const AttentionGradients& grads;
@@ -546,7 +610,8 @@ struct DroppedDelta {
     Block block;
     Group groups[kBlockVectors];
     set_block(args, s, head, Blocks(s.Sq), place % blocks.of(b), &block);
-    if (block.keys.empty()) return;
+    const int64_t row = s.b * args.lse_batch + head * args.lse_head + s.query_start + block.first;
+    if (block.keys.empty() || !any_single(row, block.rows)) return;
     const int count = split_groups(block, groups);
     BlockInputs in;
     read_block(args, grads, s, block, groups, count, false, &in);
@@ -557,8 +622,15 @@ struct DroppedDelta {
         [&](const Group& group, int64_t, int64_t n, const float* dscores) {
           add_over_keys(group, n, dscores, sums + group.lane);
         });
-    float* delta = grads.delta + s.b * args.lse_batch + head * args.lse_head + s.query_start;
-    for (int r = 0; r < block.rows; ++r) delta[block.query[r]] += sums[r];
+    for (int r = 0; r < block.rows; ++r)
+      if (is_single(row + r)) grads.delta[row + r] += sums[r];
+  }
+
+  bool is_single(int64_t row) const { return args.lse_low[row] == 0.f; }
+  bool any_single(int64_t row, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r)
+      if (is_single(row + r)) return true;
+    return false;
   }
 
   static void add_over_keys(const Group& group, int64_t n, const float* dscores, float* sums) {
@@ -577,7 +649,7 @@ constexpr int64_t kRoundRows = 1 << 17, kRoundTasks = 64;
 static void run_rounds(const AttentionArgs& args, Backward backward) {
   const Heads& dquery = backward.grads.dquery;
   const bool narrow = dquery.data != nullptr && dquery.dtype != Dtype::f32;
-  const int64_t tasks = backward.chunks.total() * args.Hkv, group = args.Hq / args.Hkv;
+  const int64_t group = args.Hq / args.Hkv;
   int64_t first_task = 0, task = 0, first_row = 0, row = 0;
   Memory sums;
   const auto finish = [&] {
@@ -586,8 +658,9 @@ static void run_rounds(const AttentionArgs& args, Backward backward) {
     first_task = task;
     first_row = row;
   };
-  if (!narrow) {
-    task = tasks;
+  if (!narrow || backward.bias.sequences > 0) {
+    task = backward.tasks();
+    row = args.B * args.Hq * args.Sq;
     return finish();
   }
   for (int64_t b = 0; b < args.B; ++b)
@@ -604,14 +677,14 @@ static void attention_bwd(const AttentionArgs& args, const AttentionGradients& g
   const Pieces chunks(
       args, ends, [&](const Sequence& s) { return cuts(key_rows(args, s), kChunkKeys); });
   const Pieces blocks(args, ends + args.B, [](const Sequence& s) { return Blocks(s.Sq).count; });
+  attention_delta(args, grads);
   if (args.dropout) {
     const DroppedDelta delta{args, grads, blocks};
     parallel_tasks(blocks.total() * args.Hq, [&](int64_t task) { delta.run(task); });
-  } else {
-    attention_delta(args, grads);
   }
   std::atomic<bool> failed{false};
-  Backward backward{args, grads, chunks, blocks, nullptr, nullptr, &failed, {}};
+  const BiasInPass in_pass(args, grads);
+  Backward backward{args, grads, chunks, blocks, nullptr, nullptr, &failed, {}, in_pass};
   backward.turns = (std::atomic<int32_t>*)thread_scratch(10, args.Hq * blocks.total());
   for (int64_t i = 0; i < args.Hq * blocks.total(); ++i) backward.turns[i] = 0;
   if (grads.slope_sums != nullptr) {
@@ -619,14 +692,14 @@ static void attention_bwd(const AttentionArgs& args, const AttentionGradients& g
     std::memset(backward.slopes, 0, args.Hq * chunks.total() * sizeof(double));
   }
   if (grads.dquery.data != nullptr || grads.dkey.data != nullptr || grads.dvalue.data != nullptr ||
-      grads.slope_sums != nullptr)
+      grads.slope_sums != nullptr || in_pass.sequences > 0)
     run_rounds(args, backward);
   if (grads.slope_sums != nullptr)
     for (int64_t b = 0; b < args.B; ++b)
       for (int64_t h = 0; h < args.Hq; ++h)
         for (int64_t c = chunks.begin(b); c < chunks.ends[b]; ++c)
           grads.slope_sums[b * args.Hq + h] += backward.slopes[h * chunks.total() + c];
-  if (grads.dbias.data == nullptr) return;
+  if (grads.dbias.data == nullptr || in_pass.sequences > 0) return;
   const BiasBackward bias(args, grads);
   parallel_tasks(bias.tasks(), [&](int64_t task) { bias.run(task); });
   if (bias.parts > 1) parallel_tasks(bias.tiles(), [&](int64_t tile) { bias.join(tile); });

@@ -18,28 +18,24 @@ struct Softmax {
   float row_sum[kBlockRows];
 };
 
+// A tile of scores becomes weights, and alpha what the sums before it are worth now. largest: of
+// the scores and of all before them, where nothing modifies these.
 template <int NV, bool kFeatured>
-static __attribute__((noinline)) void attend(
+FA_INLINE void weigh_tile(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
-    const Tile& keys, const Tile& values, int64_t key, int64_t n, Softmax* state) {
-  float* scores = thread_scratch(2, kTileKeys * NV * kLanes);
-  Vec largest[NV], before[NV], alpha[NV], sums[NV];
+    int64_t key, int64_t n, float* scores, Vec (&largest)[NV], Vec (&alpha)[NV], Softmax* state) {
+  Vec before[NV], sums[NV];
   float* row_max = state->row_max + group.lane;
   float* row_sum = state->row_sum + group.lane;
-  for (int v = 0; v < NV; ++v) largest[v] = before[v] = load(row_max + v * kLanes);
-  dot_rows<NV>(
-      keys.data, keys.stride, n, state->queries + group.lane * args.D, args.D, args.scale, scores,
-      largest);
-
+  FA_FOR (v, NV) before[v] = load(row_max + v * kLanes);
   const bool edge = key < group.all.begin || key + n > group.all.end;
   if (kFeatured) modify_scores(args, block, group, s, key, n, scores, nullptr);
   if (edge) hide_scores(block, group, key, n, scores);
   if (kFeatured || edge) {
-    for (int v = 0; v < NV; ++v) largest[v] = before[v];
+    FA_FOR (v, NV) largest[v] = before[v];
     for (int64_t k = 0; k < n; ++k)
       FA_FOR (v, NV) largest[v] = max(largest[v], load(scores + (k * NV + v) * kLanes));
   }
-
   FA_FOR (v, NV) {
     alpha[v] = exp(before[v] - largest[v]);
     sums[v] = Vec{};
@@ -57,6 +53,19 @@ static __attribute__((noinline)) void attend(
     store(at, fma(load(at), alpha[v], sums[v]));
   }
   if (kFeatured && args.dropout) drop_weights(args, block, group, s, key, n, scores);
+}
+
+template <int NV, bool kFeatured>
+static __attribute__((noinline)) void attend(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    const Tile& keys, const Tile& values, int64_t key, int64_t n, Softmax* state) {
+  float* scores = thread_scratch(2, kTileKeys * NV * kLanes);
+  Vec largest[NV], alpha[NV];
+  FA_FOR (v, NV) largest[v] = load(state->row_max + group.lane + v * kLanes);
+  dot_rows<NV>(
+      keys.data, keys.stride, n, state->queries + group.lane * args.D, args.D, args.scale, scores,
+      largest);
+  weigh_tile<NV, kFeatured>(args, block, group, s, key, n, scores, largest, alpha, state);
   float* out = state->out + group.lane * args.Dv;
   add_rows<NV>(values.data, values.stride, n, args.Dv, scores, out, alpha);
 }
@@ -93,20 +102,224 @@ static void pack_block(
     }
 }
 
+// ---- few rows ---------------------------------------------------------------------------------
+
+// Where a block has few rows, as in decoding, lanes full of rows would be mostly empty. There
+// channels stand in lanes, R of the rows at a time, and keys of 16 bits are read as they lie: a key
+// takes D / kLanes + 1 steps a row and product, and not D.
+constexpr int kFewRows = kLanes / 2;
+constexpr int kFewTogether = kFewRows < 4 ? kFewRows : 4;
+
+FA_INLINE bool has_few_rows(const AttentionArgs& args, int64_t rows) {
+  return rows <= kFewRows && args.D % kLanes == 0 && args.Dv % kLanes == 0;
+}
+
+// Keys or values: entry d of row k is data[k * stride + d].
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+};
+
+// Where weights of a tile lie: row r and key k at data[r * row + k * key].
+struct Weights {
+  float* data;
+  int64_t row, key;
+};
+
+// body(integral_constant R, r) for rows [r, r + R), R of 4, 2 and 1.
+template <class Body>
+FA_INLINE void for_rows(int rows, Body body) {
+  int r = 0;
+  for (; r + kFewTogether <= rows; r += kFewTogether)
+    body(std::integral_constant<int, kFewTogether>{}, r);
+  for (; r + 2 <= rows; r += 2) body(std::integral_constant<int, 2>{}, r);
+  for (; r < rows; ++r) body(std::integral_constant<int, 1>{}, r);
+}
+
+// sums[r * K + k] = lane by lane, queries (R x D, padded to nothing) by keys (K x D).
+template <int R, int K, class T>
+FA_INLINE void few_products(
+    const T* keys, int64_t stride, const float* queries, int64_t D, Vec* sums) {
+  Vec sum[R][K] = {};
+  for (int64_t d = 0; d < D; d += kLanes) {
+    Vec q[R];
+    FA_FOR (r, R) q[r] = load(queries + r * D + d);
+    FA_FOR (k, K) {
+      const Vec x = load(keys + k * stride + d);
+      FA_FOR (r, R) sum[r][k] = fma(q[r], x, sum[r][k]);
+    }
+  }
+  FA_FOR (r, R)
+    FA_FOR (k, K) sums[r * K + k] = sum[r][k];
+}
+
+// scores of R rows = factor * (queries (R x D) by keys (n x D)^T), -inf up to a multiple of kLanes.
+template <int R, class T>
+FA_INLINE void few_scores(
+    Rows<T> keys, int64_t n, const float* queries, int64_t D, float factor, float* scores) {
+  constexpr int K = kLanes / R;  // so that their products are one vector of sums
+  for (int64_t first = 0; first < cuts(n, kLanes) * kLanes; first += K) {
+    Vec sums[kLanes] = {};
+    const T* key = keys.data + first * keys.stride;
+    if (first + K <= n) {
+      constexpr int step = K < 8 ? K : 8;
+      FA_FOR (k, K / step)
+        few_products<R, step>(
+            key + k * step * keys.stride, keys.stride, queries, D, sums + k * step * R);
+    } else {
+      for (int64_t k = 0; k < n - first; ++k) {
+        Vec sum[R];
+        few_products<R, 1>(key + k * keys.stride, 0, queries, D, sum);
+        FA_FOR (r, R) sums[r * K + k] = sum[r];
+      }
+    }
+    float found[kLanes];
+    store(found, add_lanes(sums) * splat(factor));
+    FA_FOR (r, R)
+      FA_FOR (k, K) scores[r * kTileKeys + first + k] = first + k < n ? found[r * K + k] : -kInf;
+  }
+}
+
+// out (R x Dv) = out * alpha + weights (R x n) by values (n x Dv), C vectors wide.
+template <int R, int C, class T>
+FA_INLINE void few_columns(
+    const T* values, int64_t stride, int64_t n, const Weights& weights, const float* alpha,
+    float* out, int64_t Dv) {
+  Vec sums[R][C] = {};
+  const float* weight = weights.data;
+  for (int64_t k = 0; k < n; ++k, values += stride, weight += weights.key) {
+    Vec p[R];
+    FA_FOR (r, R) p[r] = splat(weight[r * weights.row]);
+    FA_FOR (c, C) {
+      const Vec x = load(values + c * kLanes);
+      FA_FOR (r, R) sums[r][c] = fma(p[r], x, sums[r][c]);
+    }
+  }
+  FA_FOR (r, R)
+    FA_FOR (c, C) {
+      float* at = out + r * Dv + c * kLanes;
+      store(at, fma(load(at), splat(alpha[r]), sums[r][c]));
+    }
+}
+template <int R, class T>
+FA_INLINE void few_out(
+    Rows<T> values, int64_t n, const Weights& weights, const float* alpha, float* out, int64_t Dv) {
+  constexpr int C = kLanes / R < 8 ? kLanes / R : 8;
+  int64_t c = 0;
+  for (; c + C * kLanes <= Dv; c += C * kLanes)
+    few_columns<R, C>(values.data + c, values.stride, n, weights, alpha, out + c, Dv);
+  for (; c < Dv; c += kLanes)
+    few_columns<R, 1>(values.data + c, values.stride, n, weights, alpha, out + c, Dv);
+}
+
+// Scores of one row, a multiple of kLanes of them, become weights; returns alpha.
+FA_INLINE float weigh_row(int64_t n, float* scores, float* row_max, float* row_sum) {
+  Vec largest = splat(*row_max), sum = {};
+  for (int64_t k = 0; k < n; k += kLanes) largest = max(largest, load(scores + k));
+  const float highest = reduce_max(largest);
+  for (int64_t k = 0; k < n; k += kLanes) {
+    const Vec p = exp(load(scores + k) - splat(highest));
+    sum += p;
+    store(scores + k, p);
+  }
+  const float alpha = exp(splat(*row_max) - splat(highest))[0];
+  *row_max = highest;
+  *row_sum = *row_sum * alpha + reduce_sum(sum);
+  return alpha;
+}
+
+// The same by way of lanes full of rows, where everything that a call may ask for is done.
+template <bool kFeatured>
+static __attribute__((noinline)) Weights weigh_in_lanes(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    int64_t key, int64_t n, const float* scores, float* alpha, Softmax* state) {
+  float* turned = thread_scratch(4, kTileKeys * kLanes);
+  for (int64_t k = 0; k < n; ++k)
+    for (int r = 0; r < kLanes; ++r)
+      turned[k * kLanes + r] = r < block.rows ? scores[r * kTileKeys + k] : 0.f;
+  Vec largest[1] = {load(state->row_max)}, factor[1];
+  for (int64_t k = 0; k < n; ++k) largest[0] = max(largest[0], load(turned + k * kLanes));
+  weigh_tile<1, kFeatured>(args, block, group, s, key, n, turned, largest, factor, state);
+  store(alpha, factor[0]);
+  return {turned, 1, kLanes};
+}
+
+template <class T>
+static __attribute__((noinline)) void attend_few(
+    const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
+    Rows<T> keys, Rows<T> values, int64_t key, int64_t n, Softmax* state) {
+  Weights weights{thread_scratch(2, kTileKeys * kFewRows), kTileKeys, 1};
+  float alpha[kLanes];
+  for_rows(block.rows, [&](auto R, int r) __attribute__((always_inline)) {
+    few_scores<R>(
+        keys, n, state->queries + r * args.D, args.D, args.scale, weights.data + r * kTileKeys);
+  });
+  if (is_featured(args))
+    weights = weigh_in_lanes<true>(args, block, group, s, key, n, weights.data, alpha, state);
+  else if (key < group.all.begin || key + n > group.all.end)
+    weights = weigh_in_lanes<false>(args, block, group, s, key, n, weights.data, alpha, state);
+  else
+    for (int r = 0; r < block.rows; ++r)
+      alpha[r] = weigh_row(
+          cuts(n, kLanes) * kLanes, weights.data + r * kTileKeys, state->row_max + r,
+          state->row_sum + r);
+  for_rows(block.rows, [&](auto R, int r) __attribute__((always_inline)) {
+    const Weights mine{weights.data + r * weights.row, weights.row, weights.key};
+    few_out<R>(values, n, mine, alpha + r, state->out + r * args.Dv, args.Dv);
+  });
+}
+
+template <class T>
+static void attend_few_block(
+    const AttentionArgs& args, const Sequence& s, const Block& block, const Group& group,
+    Range range, Softmax* state) {
+  const int64_t head = block.head[0] / (args.Hq / args.Hkv);
+  float* transposed = state->out;
+  state->queries = thread_scratch(0, block.rows * (args.D + args.Dv));
+  state->out = state->queries + block.rows * args.D;
+  widen_block(block, args.query, s, args.D, state->queries);
+  std::memset(state->out, 0, block.rows * args.Dv * sizeof(float));
+  float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
+  for (int64_t key = range.begin; key < range.end; key += kTileKeys) {
+    const int64_t n = smaller(kTileKeys, range.end - key);
+    if (args.paging.table != nullptr) {
+      const Tile k = read_keys(args, args.key, s, head, key, n, args.D, buffer);
+      const Tile v =
+          read_keys(args, args.value, s, head, key, n, args.Dv, buffer + kTileKeys * args.D);
+      const Rows<float> keys{k.data, k.stride}, values{v.data, v.stride};
+      attend_few(args, block, group, s, keys, values, key, n, state);
+    } else {
+      const Rows<T> keys{(const T*)key_row(args, args.key, s, head, key), args.key.row};
+      const Rows<T> values{(const T*)key_row(args, args.value, s, head, key), args.value.row};
+      attend_few(args, block, group, s, keys, values, key, n, state);
+    }
+  }
+  for (int r = 0; r < block.rows; ++r)
+    for (int64_t d = 0; d < args.Dv; ++d) transposed[d * kLanes + r] = state->out[r * args.Dv + d];
+  state->out = transposed;
+}
+
+// ---- blocks -----------------------------------------------------------------------------------
+
 // The softmax of a block over keys [range.begin, range.end).
 static void attend_block(
     const AttentionArgs& args, const Sequence& s, const Block& block, const Group* groups,
     int count, Range range, Softmax* state) {
   const bool featured = is_featured(args);
   const int64_t head = block.head[0] / (args.Hq / args.Hkv);
-  state->queries = thread_scratch(0, kBlockRows * args.D);
   state->out = thread_scratch(1, kBlockRows * args.Dv);
-  pack_block(block, groups, count, args.query, s, args.D, state->queries);
+  std::memset(state->out, 0, block.vectors * kLanes * args.Dv * sizeof(float));
   for (int r = 0; r < block.vectors * kLanes; ++r) {
     state->row_max[r] = kLowest;
     state->row_sum[r] = 0.f;
   }
-  std::memset(state->out, 0, block.vectors * kLanes * args.Dv * sizeof(float));
+  if (has_few_rows(args, block.rows)) {
+    FASTATTN_DISPATCH(args.key.dtype, attend_few_block, args, s, block, groups[0], range, state);
+    return;
+  }
+  state->queries = thread_scratch(0, kBlockRows * args.D);
+  pack_block(block, groups, count, args.query, s, args.D, state->queries);
   float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
   for (int64_t key = range.begin; key < range.end; key += kTileKeys) {
     const int64_t n = smaller(kTileKeys, range.end - key);

@@ -314,6 +314,23 @@ static __attribute__((noinline)) void drop_weights(
   }
 }
 
+// ---- rows in fp32
+// --------------------------------------------------------------------------------
+
+FA_INLINE int64_t padded(int64_t cols) { return cuts(cols, kLanes) * kLanes; }
+
+// The rows of a block, each padded with zeros.
+static void widen_block(
+    const Block& block, const Heads& x, const Sequence& s, int64_t cols, float* out) {
+  const int64_t width = padded(cols);
+  for (int r = 0; r < block.rows; ++r) {
+    const int64_t i = s.query_start + block.query[r];
+    const void* row = offset_by(x.data, x.dtype, x.at(s.b, block.head[r], i));
+    if (width > 0) std::memset(out + r * width + width - kLanes, 0, kLanes * sizeof(float));
+    FASTATTN_DISPATCH(x.dtype, widen_row, row, cols, out + r * width);
+  }
+}
+
 // ---- keys and values -------------------------------------------------------------------------
 
 struct Tile {

@@ -47,6 +47,16 @@ FA_INLINE void transpose(Vec (&x)[kLanes]) {
   }
 }
 
+// Lane k of the result is the sum of x[k]'s lanes: the same rounds, each halving the vectors by a
+// sum.
+FA_INLINE Vec add_lanes(Vec (&x)[kLanes]) {
+  FA_FOR (round, 4) {
+    const int half = kLanes >> (round + 1);
+    FA_FOR (k, half) x[k] = FA_ZIP(x[k], x[k + half], 0) + FA_ZIP(x[k], x[k + half], kLanes / 2);
+  }
+  return x[0];
+}
+
 // kLanes rows (null is a row of zeros) of `cols` entries as columns: entry c of row l goes to
 // out[c * W + l].
 template <class T>
