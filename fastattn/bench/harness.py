@@ -185,7 +185,7 @@ def outcome(
     """Output, and gradients where there are any, of the judged inputs."""
     case = Case(
         workload.family, workload.case, "", lambda: inputs,
-        lambda x, backend, generator: (contestant.bind(x)(),), workload.keep,
+        lambda x, backend, generator: ((contestant.judged or contestant.bind)(x)(),), workload.keep,
     )  # fmt: skip
     gradients = contestant.backward and workload.directions != ("forward",)
     with contestant.context():

@@ -29,13 +29,15 @@ class Refusal(Exception):
 class Contestant:
     """bind(inputs) gets everything ready, untimed, and returns the call that is timed. It raises Refusal
     where the contestant cannot take part. Calls are made inside context(), which is not timed.
-    weighs: not where memory is kept from call to call and so cannot be seen."""
+    weighs: not where memory is kept from call to call and so cannot be seen. judged: another bind, for
+    a call that draws random numbers, of which everyone draws others: the same call without them."""
 
     name: str
     bind: Callable[[Inputs], Call] = field(repr=False)
     backward: bool = True
     weighs: bool = True
     context: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext, repr=False)
+    judged: Callable[[Inputs], Call] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

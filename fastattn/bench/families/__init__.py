@@ -6,6 +6,7 @@ from ..workload import Setting, Workload
 from . import (
     activation,
     attention,
+    attention_features,
     cross_entropy,
     decode,
     linear_cross_entropy,
@@ -16,6 +17,7 @@ from . import (
 
 FAMILIES: dict[str, Callable[[Setting], Iterator[Workload]]] = {
     "attention": attention.workloads,
+    "attention features": attention_features.workloads,
     "decode": decode.workloads,
     "norm": norm.workloads,
     "softmax": softmax.workloads,

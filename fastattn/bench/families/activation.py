@@ -20,8 +20,8 @@ def naive_erf(x: Tensor, bias: Tensor) -> Tensor:
     return 0.5 * z * (1 + torch.erf(z * 0.5**0.5))
 
 
-def naive_tanh(x: Tensor, bias: Tensor) -> Tensor:
-    z = x + bias
+def naive_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    z = x if bias is None else x + bias
     return 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
 
 
@@ -29,8 +29,8 @@ def naive_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-def torch_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    return F.gelu(x + bias, approximate=approximate)
+def torch_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str) -> Tensor:
+    return F.gelu(x if bias is None else x + bias, approximate=approximate)
 
 
 def torch_swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -47,6 +47,7 @@ def liger_swiglu(x: Inputs) -> Call:
 gelu_tanh = partial(fa.gelu, approximate="tanh")
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
     "gelu bias": (fa.gelu, naive_erf, partial(torch_gelu, approximate="none")),
+    "gelu tanh": (gelu_tanh, naive_tanh, partial(torch_gelu, approximate="tanh")),
     "gelu tanh bias": (gelu_tanh, naive_tanh, partial(torch_gelu, approximate="tanh")),
     "swiglu": (fa.swiglu, naive_swiglu, torch_swiglu),
 }
@@ -61,7 +62,9 @@ def workloads(setting: Setting) -> Iterator[Workload]:
 def workload(setting: Setting, case: str, R: int, C: int) -> Workload:
     ours, naive, torchs = CASES[case]
     gated = case == "swiglu"
-    shapes = {"gate": (R, C), "up": (R, C)} if gated else {"x": (R, C), "bias": (C,)}
+    shapes = {"gate": (R, C), "up": (R, C)} if gated else {"x": (R, C)}
+    if case.endswith("bias"):
+        shapes["bias"] = (C,)
 
     def make() -> Inputs:
         return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}

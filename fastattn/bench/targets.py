@@ -1,0 +1,139 @@
+"""How many times as long torch's best takes: what this library sets itself on a CPU, and what it gets.
+
+A target is a geometric mean over workloads of the ratio of torch's fastest contestant to fastattn's time;
+no single workload may be below 1 either. Everyone is judged before being timed, as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import geometric_mean
+from typing import Any
+
+import torch
+
+from .ceiling import Clock
+from .families import activation, attention, decode, linear_cross_entropy, norm, softmax
+from .families import attention_features as features
+from .families import cross_entropy as losses
+from .harness import Row, measure
+from .workload import NAIVE, OURS, Setting, Workload
+
+# (B, H, S, D, causal)
+SHAPES = (
+    (8, 12, 128, 64, False), (4, 12, 512, 64, False), (1, 12, 1024, 64, True), (1, 12, 2048, 64, True),
+    (2, 16, 512, 128, False), (1, 8, 4096, 128, True),
+)  # fmt: skip
+FEATURE_SHAPES = ((4, 12, 512), (1, 12, 1024))  # (B, H, S), D 64
+TORCHS = (NAIVE, "torch", "sdpa", "sdpa flash", "sdpa math", "sdpa padded")
+FP32, HALVES = (torch.float32,), (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """workloads: of a setting; `least` is the mean ratio that is asked for."""
+
+    work: str
+    least: float
+    direction: str
+    workloads: Callable[[Setting], Iterable[Workload]] = field(repr=False)
+    dtypes: tuple[torch.dtype, ...] = FP32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    target: Target
+    dtype: torch.dtype
+    rows: tuple[Row, ...]  # fastattn's
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def ratios(self) -> list[float]:
+        return [min(row.ratios.values()) for row in self.rows]
+
+    @property
+    def mean(self) -> float:
+        return geometric_mean(self.ratios)
+
+    @property
+    def reached(self) -> bool:
+        return not self.wrong and self.mean >= self.target.least and min(self.ratios) >= 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "work": self.target.work, "dtype": str(self.dtype).removeprefix("torch."),
+            "direction": self.target.direction, "target": self.target.least, "mean": self.mean,
+            "least": min(self.ratios), "reached": self.reached,
+        }  # fmt: skip
+
+
+def dense(setting: Setting) -> Iterable[Workload]:
+    return (attention.workload(setting, *shape) for shape in SHAPES)
+
+
+def featured(case: str, Dv: int = 64, D: int = 64) -> Callable[[Setting], Iterable[Workload]]:
+    return lambda s: (features.workload(s, case, *shape, D, Dv) for shape in FEATURE_SHAPES)
+
+
+def one(make: Callable[..., Workload], *arguments: Any) -> Callable[[Setting], Iterable[Workload]]:
+    return lambda setting: (make(setting, *arguments),)
+
+
+def decoding(*shapes: tuple[int, ...]) -> Callable[[Setting], Iterable[Workload]]:
+    return lambda setting: (decode.workload(setting, *shape) for shape in shapes)
+
+
+LONG = ((1, 16, 16, 4096, 128), (4, 32, 8, 4096, 128), (1, 12, 12, 1024, 64))
+EIGHT_TO_ONE = (1, 32, 4, 4096, 128)
+TARGETS = (
+    Target("attention", 1.6, "forward", dense),
+    Target("attention", 1.9, "both", dense),
+    Target("attention", 1.8, "forward", dense, HALVES),
+    Target("attention", 11, "both", dense, HALVES),
+    Target("with a mask", 2, "both", featured("mask")),
+    Target("with a bias", 2, "both", featured("bias")),
+    Target("with dropout", 4, "both", featured("dropout")),
+    Target("value narrower than key", 3, "both", featured("narrow values", Dv=128, D=192)),
+    Target("window of 256", 6, "both", one(features.workload, "window", 1, 12, 4096, 64, 64)),
+    Target("packed, over padded", 3, "both", one(features.packed, 12, 512, 64)),
+    Target("few heads", 1.8, "both", one(attention.workload, 1, 2, 4096, 64, False)),
+    Target("decode", 1.8, "forward", decoding(*LONG)),
+    Target("decode", 9, "forward", decoding(*LONG, EIGHT_TO_ONE), (torch.bfloat16,)),
+    Target("layer_norm", 1.15, "forward", one(norm.workload, "layer_norm", 4096, 768)),
+    Target("layer_norm", 1.4, "both", one(norm.workload, "layer_norm", 4096, 768)),
+    Target("add and layer_norm", 1.4, "forward", one(norm.workload, "layer_norm residual", 4096, 768)),
+    Target("rms_norm", 3, "forward", one(norm.workload, "rms_norm", 4096, 768)),
+    Target("rms_norm", 3, "both", one(norm.workload, "rms_norm", 4096, 768)),
+    Target("softmax", 2.2, "forward", one(softmax.workload, (4096, 1000), False)),
+    Target("causal scaled softmax", 5, "forward", one(softmax.workload, (12, 512, 512), True)),
+    Target("cross_entropy", 4, "both", one(losses.workload, 512, 50257)),
+    Target("cross_entropy in place", 12, "both", one(losses.workload, 512, 50257, True)),
+    Target("linear_cross_entropy", 1.5, "both", one(linear_cross_entropy.workload, 1024, 768, 50257)),
+    Target("gelu tanh", 5, "forward", one(activation.workload, "gelu tanh", 2048, 3072)),
+    Target("bias and gelu tanh", 5, "forward", one(activation.workload, "gelu tanh bias", 2048, 3072)),
+    Target("swiglu", 3, "forward", one(activation.workload, "swiglu", 2048, 3072)),
+    Target("a tiny call", 1, "forward", one(attention.workload, 1, 12, 16, 64, False)),
+)  # fmt: skip
+
+
+def outcome(target: Target, dtype: torch.dtype, clock: Clock, budget: float) -> Outcome:
+    """budget: seconds of rounds a workload."""
+    rows, wrong = [], []
+    for workload in target.workloads(Setting(dtype)):
+        named = [c for c in workload.contestants if c.name in (OURS, *TORCHS)]
+        narrowed = replace(workload, contestants=tuple(named), directions=(target.direction,))
+        found, absent = measure(narrowed, clock, budget)
+        rows += [row for row in found if row.contestant == OURS]
+        wrong += [f"{workload.name}: {a.contestant}: {a.reason}" for a in absent if a.wrong]
+    return Outcome(target, dtype, tuple(rows), tuple(wrong))
+
+
+def chosen(words: Sequence[str]) -> list[tuple[Target, torch.dtype]]:
+    """Targets whose work has one of these words in it, or all."""
+    return [
+        (target, dtype)
+        for target in TARGETS
+        for dtype in target.dtypes
+        if not words or any(word in target.work for word in words)
+    ]
