@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from . import checks, dispatch
-from .attention import Options, prepare, run
+from . import checks, dispatch, inference
+from .attention import Options, asks_nothing, prepare, run
 from .rotary import rotary as rotate
 
 
@@ -394,6 +394,10 @@ def attention_decode(
         scale,
         return_lse,
     )
+    if backend is None and cache.page_table is None and asks_nothing(options):
+        out = inference.attend(query, key, value, causal, cache.lengths)
+        if out is not None:
+            return out
     tensors, spec = prepare(name, query, key, value, options)
     if cache.page_table is not None:
         width = cache.page_table.shape[1] * cache.key.shape[1]

@@ -6,7 +6,7 @@ import torch
 
 from .. import registry
 from ..kernels import native
-from . import losses
+from . import inference, losses
 from .catalogue import KERNELS
 
 MATMULS = {
@@ -24,6 +24,7 @@ def bind() -> None:
         registry.register(operator.name, "cpu", registry.Kernel(operator.bind("cpu"), features))
     for name, schema in MATMULS.items():
         torch.library.define(f"fastattn_cpu::{name}", schema)
+    inference.bind()
     losses.bind("cpu", ("CPU",))
 
 
