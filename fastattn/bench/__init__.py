@@ -16,11 +16,12 @@ from .families import FAMILIES
 from .harness import Absent, Row, measure, missing
 from .peers import first_line
 from .results import Results, about, compare, read
+from .targets import run_targets
 from .workload import NAIVE, OURS, Setting, Workload
 
 __all__ = [
     "FAMILIES", "OURS", "Absent", "Results", "Row", "Setting", "Workload", "compare", "read",
-    "run_bench", "workloads",
+    "run_bench", "run_targets", "workloads",
 ]  # fmt: skip
 QUICK_SECONDS, SECONDS = 0.3, 5.0  # of rounds, a workload and direction
 

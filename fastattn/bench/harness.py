@@ -1,7 +1,7 @@
 """Runs a workload: everyone is judged, those that are right are timed in turns, then weighed.
 
 Right means the error rule of verify/judge.py; who is wrong is never timed. In a round everyone is run
-once, in an order that changes from round to round, so that what disturbs one disturbs all, and a ratio
+once, in an order drawn for it, so that what disturbs one disturbs all, and a ratio
 is the median over rounds of the two times of a round.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median, quantiles
@@ -277,10 +278,12 @@ def take_turns(entrants: dict[str, Entrant], budget: float) -> dict[str, list[fl
         cost += seconds * entrant.repeats
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(cost, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in entrants}
-    names = list(entrants)
-    for at in range(rounds):
-        first = at % max(len(names), 1)
-        for name in names[first:] + names[:first]:
+    order, shuffle = list(entrants), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(
+            order
+        )  # nobody always follows the same other, and finds the memory that it has left
+        for name in order:
             times[name].append(entrants[name].sample())
     return times
 

@@ -38,6 +38,9 @@ class Results:
     absent: list[Absent] = field(default_factory=list)
     ceilings: dict[str, dict[str, Any]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    targets: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of targets.py, where they were asked for
 
     @property
     def wrong(self) -> list[Absent]:
@@ -71,7 +74,7 @@ class Results:
         return {
             "format": FORMAT, **self.about, "ceilings": self.ceilings, "rows": rows,
             "absent": [asdict(a) for a in self.absent],
-            "growth": [g._asdict() for g in self.growth()],
+            "growth": [g._asdict() for g in self.growth()], "targets": self.targets,
         }  # fmt: skip
 
 
@@ -116,9 +119,9 @@ def read(path: Path) -> Results:
     names = set(Row.__dataclass_fields__)
     rows = [Row(**{n: v for n, v in row.items() if n in names}) for row in data["rows"]]
     absent = [Absent(**{**a, "directions": tuple(a["directions"])}) for a in data["absent"]]
-    apart = ("format", "ceilings", "rows", "absent", "growth")
+    apart = ("format", "ceilings", "rows", "absent", "growth", "targets")
     about = {n: v for n, v in data.items() if n not in apart}
-    return Results(rows, absent, data["ceilings"], about)
+    return Results(rows, absent, data["ceilings"], about, data.get("targets", []))
 
 
 def is_run(data: Any) -> bool:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from .ceiling import Clock
+from .ceiling import Clock, ceiling, device_clock
 from .families import activation, attention, decode, linear_cross_entropy, norm, softmax
 from .families import attention_features as features
 from .families import cross_entropy as losses
-from .harness import Row, measure
+from .harness import measure
+from .results import Results, about
 from .workload import NAIVE, OURS, Setting, Workload
 
 # (B, H, S, D, causal)
@@ -39,33 +40,6 @@ class Target:
     direction: str
     workloads: Callable[[Setting], Iterable[Workload]] = field(repr=False)
     dtypes: tuple[torch.dtype, ...] = FP32
-
-
-@dataclass(frozen=True)
-class Outcome:
-    target: Target
-    dtype: torch.dtype
-    rows: tuple[Row, ...]  # fastattn's
-    wrong: tuple[str, ...] = ()
-
-    @property
-    def ratios(self) -> list[float]:
-        return [min(row.ratios.values()) for row in self.rows]
-
-    @property
-    def mean(self) -> float:
-        return geometric_mean(self.ratios)
-
-    @property
-    def reached(self) -> bool:
-        return not self.wrong and self.mean >= self.target.least and min(self.ratios) >= 1
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "work": self.target.work, "dtype": str(self.dtype).removeprefix("torch."),
-            "direction": self.target.direction, "target": self.target.least, "mean": self.mean,
-            "least": min(self.ratios), "reached": self.reached,
-        }  # fmt: skip
 
 
 def dense(setting: Setting) -> Iterable[Workload]:
@@ -117,23 +91,50 @@ TARGETS = (
 )  # fmt: skip
 
 
-def outcome(target: Target, dtype: torch.dtype, clock: Clock, budget: float) -> Outcome:
-    """budget: seconds of rounds a workload."""
-    rows, wrong = [], []
-    for workload in target.workloads(Setting(dtype)):
-        named = [c for c in workload.contestants if c.name in (OURS, *TORCHS)]
-        narrowed = replace(workload, contestants=tuple(named), directions=(target.direction,))
-        found, absent = measure(narrowed, clock, budget)
-        rows += [row for row in found if row.contestant == OURS]
-        wrong += [f"{workload.name}: {a.contestant}: {a.reason}" for a in absent if a.wrong]
-    return Outcome(target, dtype, tuple(rows), tuple(wrong))
-
-
-def chosen(words: Sequence[str]) -> list[tuple[Target, torch.dtype]]:
-    """Targets whose work has one of these words in it, or all."""
-    return [
-        (target, dtype)
-        for target in TARGETS
-        for dtype in target.dtypes
+def run_targets(
+    words: Sequence[str] = (),
+    *,
+    seconds: float = 2.0,
+    progress: Callable[[str, float], None] = lambda what, share: None,
+) -> Results:
+    """Those whose work has one of these words in it, or all. seconds: of rounds, a workload."""
+    chosen = [
+        (target, dtype) for target in TARGETS for dtype in target.dtypes
         if not words or any(word in target.work for word in words)
-    ]
+    ]  # fmt: skip
+    if not chosen:
+        raise ValueError(f"no target has any of these words in it: {', '.join(words)}")
+    clock = device_clock("cpu")
+    results = Results(about=about("cpu", quick=False))
+    typed = " ".join(f'"{w}"' if " " in w else w for w in words)
+    results.about["command"] = (
+        f"fastattn bench --targets {typed} --threads {torch.get_num_threads()}"
+    )
+    for at, (target, dtype) in enumerate(chosen):
+        name = str(dtype).removeprefix("torch.")
+        progress(f"{target.work}, {name}", at / len(chosen))
+        if name not in results.ceilings:
+            results.ceilings[name] = ceiling("cpu", dtype)
+        results.targets.append(reach(target, dtype, clock, seconds, results))
+    return results
+
+
+def reach(
+    target: Target, dtype: torch.dtype, clock: Clock, seconds: float, results: Results
+) -> dict[str, Any]:
+    """Adds the target's rows to results. mean and least: of fastattn's ratios to torch's best."""
+    ratios: list[float] = []
+    for workload in target.workloads(Setting(dtype)):
+        named = tuple(c for c in workload.contestants if c.name in (OURS, *TORCHS))
+        rows, absent = measure(
+            replace(workload, contestants=named, directions=(target.direction,)), clock, seconds
+        )
+        results.rows += rows
+        results.absent += absent
+        ratios += [min(row.ratios.values()) for row in rows if row.contestant == OURS]
+    mean, least = (geometric_mean(ratios), min(ratios)) if ratios else (0.0, 0.0)
+    return {
+        "work": target.work, "dtype": str(dtype).removeprefix("torch."), "direction": target.direction,
+        "target": target.least, "mean": mean, "least": least,
+        "reached": mean >= target.least and least >= 1,
+    }  # fmt: skip

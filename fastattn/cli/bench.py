@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..bench import FAMILIES, OURS, Results, Row, compare, read, run_bench
+from ..bench import FAMILIES, OURS, Results, Row, compare, read, run_bench, run_targets
 from ..bench.results import NOISE, Change, rate
 from .progress import progress
 from .verify import known_device, known_dtype
@@ -29,7 +29,8 @@ WIDTH = 160  # of a table that no terminal shows
 
 def bench(
     family: Annotated[
-        list[str] | None, typer.Argument(help=f"Of {', '.join(FAMILIES)}; else all.")
+        list[str] | None,
+        typer.Argument(help=f"Of {', '.join(FAMILIES)}, or words of --targets; else all."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where tensors lie.")] = "cpu",
     dtype: Annotated[
@@ -39,6 +40,10 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, under 3 minutes.")] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile of the naive form too; minutes more.")
+    ] = False,
+    targets: Annotated[
+        bool,
+        typer.Option("--targets", help="What fastattn sets itself over torch's best on a CPU."),
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Of a CPU; else torch's.", min=1)] = None,
     energy: Annotated[bool, typer.Option(help="Joules of a call, where the machine tells.")] = True,
@@ -71,10 +76,13 @@ def bench(
         torch.set_num_threads(threads or before)
         try:
             with progress(60) as tell:
-                results = run_bench(
-                    family or [], dtypes=dtypes, device=device, quick=quick, compile=compiled,
-                    energy=energy, seconds=seconds, progress=tell,
-                )  # fmt: skip
+                if targets:
+                    results = run_targets(family or [], progress=tell)
+                else:
+                    results = run_bench(
+                        family or [], dtypes=dtypes, device=device, quick=quick, compile=compiled,
+                        energy=energy, seconds=seconds, progress=tell,
+                    )  # fmt: skip
         finally:
             torch.set_num_threads(before)
         text = json.dumps(results.as_json(), indent=1, allow_nan=False)
@@ -109,6 +117,8 @@ def show(results: Results) -> None:
     left = results.about.get("not_reached", [])
     if left:
         console.print(f"not reached: {'; '.join(left)}", markup=False, soft_wrap=True)
+    if results.targets:
+        console.print(target_table(results))
     for sentence in absences(results):
         console.print(sentence, markup=False, soft_wrap=True)
 
@@ -174,6 +184,23 @@ def show_growth(console: Console, results: Results) -> None:
         case = f"{g.family} {g.case} {named_sizes(g.sizes)}"
         table.add_row(case, g.dtype, g.direction, g.contestant, *exponents)
     console.print(table)
+
+
+def target_table(results: Results) -> Table:
+    caption = (
+        "times fastattn: how many times as long torch's best takes, the geometric mean over shapes "
+        "and the least of them. Reached: the target, and no shape below 1."
+    )
+    table = Table(title="what fastattn sets itself over torch's best", caption=caption)
+    for head in ("work", "dtype", "direction"):
+        table.add_column(head, no_wrap=True)
+    for head in ("target", "times fastattn", "least", "reached"):
+        table.add_column(head, justify="right")
+    for t in results.targets:
+        found = (f"{t['target']:g}", f"{t['mean']:.2f}", f"{t['least']:.2f}")
+        reached = "yes" if t["reached"] else "no"
+        table.add_row(t["work"], t["dtype"], t["direction"], *found, reached)
+    return table
 
 
 def absences(results: Results) -> list[str]:

@@ -1,6 +1,7 @@
 """The harness: who is timed, in what order, and what becomes of the times."""
 
 import importlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,9 +64,13 @@ def test_everyone_has_a_turn_at_being_first():
 
     order = []
     entrants = {name: Entrant(name, order) for name in "abc"}
-    times = take_turns(entrants, budget=0.0)
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc" + "bca"
-    assert all(len(seconds) == 5 for seconds in times.values())
+    times = take_turns(entrants, budget=150.0)
+    rounds = ["".join(order[at : at + 3]) for at in range(0, len(order), 3)]
+    assert len(rounds) == 51 and all(sorted(names) == list("abc") for names in rounds)
+    for name in "abc":
+        assert {names[0] for names in rounds} >= {name}
+        assert len({before for before, after in pairwise(order[3:]) if after == name}) >= 2
+    assert all(len(seconds) == 50 for seconds in times.values())
 
 
 def test_memory_is_what_a_call_takes():
@@ -83,6 +88,7 @@ def test_the_ceiling_is_measured():
 
 
 SMALL = {
+    "attention_features": lambda file, s: file.workload(s, "bias", 1, 2, 16, 16, 8),
     "attention": lambda f, s: f.workload(s, 2, 2, 33, 16, True),
     "decode": lambda f, s: f.workload(s, 2, 4, 2, 33, 16),
     "norm": lambda f, s: f.workload(s, "layer_norm residual", 7, 33),

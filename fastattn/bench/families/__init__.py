@@ -17,7 +17,7 @@ from . import (
 
 FAMILIES: dict[str, Callable[[Setting], Iterator[Workload]]] = {
     "attention": attention.workloads,
-    "attention features": attention_features.workloads,
+    "attention_features": attention_features.workloads,
     "decode": decode.workloads,
     "norm": norm.workloads,
     "softmax": softmax.workloads,

@@ -62,6 +62,7 @@ def workloads(setting: Setting) -> Iterator[Workload]:
 def workload(setting: Setting, case: str, R: int, C: int) -> Workload:
     ours, naive, torchs = CASES[case]
     gated = case == "swiglu"
+    shapes: dict[str, tuple[int, ...]]
     shapes = {"gate": (R, C), "up": (R, C)} if gated else {"x": (R, C)}
     if case.endswith("bias"):
         shapes["bias"] = (C,)

@@ -110,7 +110,7 @@ def workload(setting: Setting, case: str, B: int, H: int, S: int, D: int, Dv: in
     size = extra * setting.dtype.itemsize
     flops = 2.0 * B * H * form.visible(S) * (D + Dv)
     return Workload(
-        "attention features", case, {"B": B, "H": H, "S": S, "D": D, "Dv": Dv}, setting.dtype,
+        "attention_features", case, {"B": B, "H": H, "S": S, "D": D, "Dv": Dv}, setting.dtype,
         setting.device, Cost(flops, 2 * tensor + size, 2.5 * flops, 4 * tensor + 2 * size), "flops",
         make, tuple(contestants), make_judged=lambda: make(1, 2),
     )  # fmt: skip
@@ -135,7 +135,7 @@ def packed(setting: Setting, H: int, S: int, D: int) -> Workload:
     def ours(x: Inputs) -> Call:
         cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=x["query"].device)
         return lambda: fa.attention_varlen(
-            **x, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=S, max_seqlen_k=S
+            x["query"], x["key"], x["value"], cu_seqlens, cu_seqlens, S, S
         )
 
     def one_by_one(x: Inputs) -> Call:
@@ -147,7 +147,7 @@ def packed(setting: Setting, H: int, S: int, D: int) -> Workload:
     work = sum(length**2 for length in lengths)
     tensor, flops = total * H * D * setting.dtype.itemsize, 4.0 * H * work * D
     return Workload(
-        "attention features", "packed", {"H": H, "S": S, "D": D, "rows": total}, setting.dtype,
+        "attention_features", "packed", {"H": H, "S": S, "D": D, "rows": total}, setting.dtype,
         setting.device, Cost(flops, 4 * tensor, 2.5 * flops, 8 * tensor), "flops", make,
         (
             Contestant(OURS, ours),
