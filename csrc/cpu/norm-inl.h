@@ -138,8 +138,6 @@ static void norm_row(const NormArgs& args, NormWeights weights, int64_t row) {
   const float* z = norm_input(args, row, drop_words(args, row), buffer);
   prefetch_row(args.dtype, args.x, row + 1, args);
   prefetch_row(args.residual_dtype, args.residual, row + 1, args);
-  prefetch_row(args.dtype, args.y, row + 1, args);
-  prefetch_row(args.residual_dtype, args.summed, row + 1, args);
   const NormStats stats = norm_stats(z, args.C, args.rms, args.eps);
   if (!args.rms) args.mean[row] = stats.mean;
   args.rstd[row] = stats.rstd;

@@ -9,13 +9,18 @@ template <class T>
 FA_INLINE Vec softmax_logits(
     const T* x, const uint8_t* keep, int64_t keep_col, int64_t C, float scale, float* z) {
   const Vec factor = splat(scale);
-  Vec row_max = splat(-kInf);
-  int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) {
+  Vec highest[4], row_max;  // chains: a maximum takes 4 cycles
+  FA_FOR (i, 4) highest[i] = splat(-kInf);
+  const auto step = [&](int64_t c, Vec* largest) FA_STEP {
     const Vec v = load(x + c) * factor;
     store(z + c, v);
-    row_max = max(v, row_max);
-  }
+    *largest = max(v, *largest);
+  };
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+    FA_FOR (i, 4) step(c + i * kLanes, &highest[i]);
+  for (; c + kLanes <= C; c += kLanes) step(c, &highest[0]);
+  row_max = max(max(highest[0], highest[1]), max(highest[2], highest[3]));
   if (c < C) store_first(z + c, load_first(x + c, C - c) * factor, C - c);
   if (keep == nullptr && c == C) return row_max;
   if (keep == nullptr) return max(load_first(z + c, C - c, -kInf), row_max);
@@ -36,6 +41,9 @@ FA_INLINE void softmax_row(const SoftmaxArgs& args, int64_t row, float* z) {
   if (keep != nullptr) keep += args.mask.offset(row);
   const float row_max = reduce_max(softmax_logits(x, keep, args.mask.col, C, args.scale, z));
   const Vec shift = splat(row_max == -kInf ? 0.f : row_max);
+  // the next row comes while this one is in the registers
+  for (int64_t ahead = 0; ahead < args.C; ahead += 64 / sizeof(T))
+    __builtin_prefetch(x + args.C + ahead);
   Vec sums = {};
   int64_t c = 0;
   for (; c + kLanes <= C; c += kLanes) {

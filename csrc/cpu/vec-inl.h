@@ -156,7 +156,7 @@ FA_INLINE Vec load(const uint8_t* p) {
 }
 
 // The first n < kLanes entries; the other lanes read as `fill` and are not written. They go
-// through a buffer: a masked load would need one form an instruction set.
+// through a buffer, save floats on AVX-512: for 1000 columns the buffer was a tenth of a softmax.
 template <class T>
 FA_INLINE Vec load_first(const T* p, int64_t n, float fill = 0.f) {
   T lane[kLanes];
@@ -170,6 +170,15 @@ FA_INLINE void store_first(T* p, Vec v, int64_t n) {
   store(lane, v);
   __builtin_memcpy(p, lane, n * sizeof(T));
 }
+
+#if defined(FASTATTN_AVX512)
+FA_INLINE Vec load_first(const float* p, int64_t n, float fill = 0.f) {
+  return (Vec)_mm512_mask_loadu_ps((__m512)splat(fill), (__mmask16)((1u << n) - 1), p);
+}
+FA_INLINE void store_first(float* p, Vec v, int64_t n) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+}
+#endif
 
 // ---- functions -----------------------------------------------------------------------------
 
