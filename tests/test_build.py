@@ -126,7 +126,7 @@ def test_arm_compiles_the_same_source(isa):
     subprocess.run([compiler, *FLAGS, f"csrc/cpu/isa_{isa}.cpp"], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("isa", ["generic", "generic16", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "generic16", "avx2", "avx512", "avx512_bf16"])
 def test_clang_compiles_it_too(isa):
     compiler = shutil.which("clang++")
     if compiler is None:

@@ -13,25 +13,27 @@ namespace fastattn::FASTATTN_ISA {
 constexpr int64_t kChunkKeys = 256;  // dK, dV and fp32 K, V: 256 KB at D = 64
 
 // A block of queries as the products want it: slots 0 and 1 of the scratch.
+template <class Word>
 struct BlockInputs {
-  float *queries, *douts;         // QT (D x W), dOT (Dv x W), group after group
-  float *query_rows, *dout_rows;  // (rows x padded D), (rows x padded Dv)
+  Word *queries, *douts;         // QT (words of D x W), dOT (likewise), group after group
+  Word *query_rows, *dout_rows;  // (words of rows x padded D), (words of rows x padded Dv)
   float lse[kBlockRows], lse_low[kBlockRows], delta[kBlockRows];
 };
 
+template <class Word>
 static void read_block(
     const AttentionArgs& args, const AttentionGradients& grads, const Sequence& s,
-    const Block& block, const Group* groups, int count, bool rows, BlockInputs* in) {
+    const Block& block, const Group* groups, int count, bool rows, BlockInputs<Word>* in) {
   const int64_t lanes = kBlockRows;
-  in->queries = thread_scratch(0, lanes * (args.D + args.Dv));
+  in->queries = scratch<Word>(0, lanes * (args.D + args.Dv));
   in->douts = in->queries + lanes * args.D;
   pack_block(block, groups, count, args.query, s, args.D, in->queries);
   pack_block(block, groups, count, grads.dout, s, args.Dv, in->douts);
   if (rows) {
-    in->query_rows = thread_scratch(1, lanes * (padded(args.D) + padded(args.Dv)));
+    in->query_rows = scratch<Word>(1, lanes * (padded(args.D) + padded(args.Dv)));
     in->dout_rows = in->query_rows + lanes * padded(args.D);
-    widen_block(block, args.query, s, args.D, in->query_rows);
-    widen_block(block, grads.dout, s, args.Dv, in->dout_rows);
+    read_block_rows(block, args.query, s, args.D, in->query_rows);
+    read_block_rows(block, grads.dout, s, args.Dv, in->dout_rows);
   }
   for (int r = 0; r < block.vectors * kLanes; ++r) {
     // P is 0 by an lse of +inf, whatever the scores are, in lanes that hold no row and in rows that
@@ -53,27 +55,26 @@ static void read_block(
 struct TileGradients {
   float *weights, *dscores;  // dropout(P), and dS before softcap's derivative
   float *cap_slope, *kept;
+  float* over_keys;  // for pairs of dS
 };
 
 static TileGradients tile_gradients() {
   constexpr int64_t size = kTileKeys * kGroupVectors * kLanes;
-  float* start = thread_scratch(2, 4 * size);
-  return {start, start + size, start + 2 * size, start + 3 * size};
+  float* start = thread_scratch(2, 5 * size);
+  return {start, start + size, start + 2 * size, start + 3 * size, start + 4 * size};
 }
 
-template <int NV>
+template <int NV, class Word>
 static __attribute__((noinline)) void grade_tile(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
-    const BlockInputs& in, const Tile& keys, const Tile& values, int64_t key, int64_t n,
-    const TileGradients& out) {
+    const BlockInputs<Word>& in, const Tile<Word>& keys, const Tile<Word>& values, int64_t key,
+    int64_t n, const TileGradients& out) {
   Vec ignored[NV] = {};
   const int64_t lane = group.lane, entries = n * NV * kLanes;
+  const int64_t D = words<Word>(args.D), Dv = words<Word>(args.Dv);
   // the forward's scores bit for bit: a rounding elsewhere is five times the error at logits of 100
-  dot_rows<NV>(
-      keys.data, keys.stride, n, in.queries + lane * args.D, args.D, args.scale, out.weights,
-      ignored);
-  dot_rows<NV>(
-      values.data, values.stride, n, in.douts + lane * args.Dv, args.Dv, 1.f, out.dscores, ignored);
+  dot_rows<NV>(keys, n, in.queries + lane * D, D, args.scale, out.weights, ignored);
+  dot_rows<NV>(values, n, in.douts + lane * Dv, Dv, 1.f, out.dscores, ignored);
   if (is_featured(args)) modify_scores(args, block, group, s, key, n, out.weights, out.cap_slope);
   if (key < group.all.begin || key + n > group.all.end)
     hide_scores(block, group, key, n, out.weights);
@@ -100,10 +101,11 @@ static __attribute__((noinline)) void grade_tile(
     }
 }
 
+template <class Word>
 static void grade_tile_any(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
-    const BlockInputs& in, const Tile& keys, const Tile& values, int64_t key, int64_t n,
-    const TileGradients& out) {
+    const BlockInputs<Word>& in, const Tile<Word>& keys, const Tile<Word>& values, int64_t key,
+    int64_t n, const TileGradients& out) {
   switch (group.vectors) {
     case 3: return grade_tile<3>(args, block, group, s, in, keys, values, key, n, out);
     case 2: return grade_tile<2>(args, block, group, s, in, keys, values, key, n, out);
@@ -111,16 +113,17 @@ static void grade_tile_any(
   }
 }
 
-template <int NV>
+template <int NV, class Word>
 static __attribute__((noinline)) void add_dquery(
-    const Tile& keys, int64_t n, int64_t D, const float* dscores, float* dquery) {
+    const Tile<Word>& keys, int64_t n, int64_t D, const Word* dscores, float* dquery) {
   Vec one[NV];
   for (int v = 0; v < NV; ++v) one[v] = splat(1.f);
-  add_rows<NV>(keys.data, keys.stride, n, D, dscores, dquery, one);
+  add_rows<NV>(keys, words<Word>(n), D, dscores, dquery, one);
 }
 
+template <class Word>
 static void add_dquery_any(
-    const Group& group, const Tile& keys, int64_t n, int64_t D, const float* dscores,
+    const Group& group, const Tile<Word>& keys, int64_t n, int64_t D, const Word* dscores,
     float* dquery) {
   switch (group.vectors) {
     case 3: return add_dquery<3>(keys, n, D, dscores, dquery);
@@ -149,9 +152,11 @@ static float slope_gradient(
 
 // ---- dQ, dK, dV: a task is a chunk of keys ----------------------------------------------------
 
+template <class Word>
 struct Chunk {
   int64_t index, start, keys, readable;  // readable: the rest lies past key_lengths
-  float *k, *v, *dk, *dv;                // slots 3 and 4 of the scratch
+  Tile<Word> k, v, k_over_keys;          // slot 3 of the scratch, where they are copies
+  float *dk, *dv;                        // slot 4
 };
 
 // Keys of a sequence that have a gradient: those past key_lengths too.
@@ -198,6 +203,7 @@ struct Round {
   int64_t first_row = 0;
 };
 
+template <class Word>
 struct Backward {
   const AttentionArgs& args;
   const AttentionGradients& grads;
@@ -258,30 +264,35 @@ struct Backward {
   void run_chunk(int64_t b, int64_t kv_head, int64_t index, float* bias_sums) const {
     const int64_t group = args.Hq / args.Hkv;
     const Sequence s = sequence(args, b);
-    Chunk chunk{index, index * kChunkKeys};
+    Chunk<Word> chunk{index, index * kChunkKeys};
     chunk.keys = smaller(kChunkKeys, key_rows(args, s) - chunk.start);
     chunk.readable = larger(0, smaller(chunk.keys, s.Sk - chunk.start));
     const int64_t D = padded(args.D), Dv = padded(args.Dv);
-    chunk.k = thread_scratch(3, kChunkKeys * (args.D + args.Dv));
-    chunk.v = chunk.k + kChunkKeys * args.D;
     chunk.dk = thread_scratch(4, kChunkKeys * (D + Dv));
     chunk.dv = chunk.dk + kChunkKeys * D;
     std::memset(chunk.dk, 0, kChunkKeys * (D + Dv) * sizeof(float));
     if (chunk.readable > 0) {
-      const Tile k =
-          read_keys(args, args.key, s, kv_head, chunk.start, chunk.readable, args.D, chunk.k);
-      const Tile v =
-          read_keys(args, args.value, s, kv_head, chunk.start, chunk.readable, args.Dv, chunk.v);
+      read_chunk(s, kv_head, &chunk);
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-        walk_queries(s, head, chunk, k, v, bias_sums);
+        walk_queries(s, head, chunk, bias_sums);
     }
     write_rows(grads.dkey, s, kv_head, chunk, chunk.dk, args.D, args.scale);
     write_rows(grads.dvalue, s, kv_head, chunk, chunk.dv, args.Dv, 1.f);
   }
 
+  void read_chunk(const Sequence& s, int64_t head, Chunk<Word>* chunk) const {
+    const int64_t start = chunk->start, n = chunk->readable;
+    Word* buffer = scratch<Word>(3, kChunkKeys * (2 * args.D + args.Dv));
+    chunk->k = read_keys(args, args.key, s, head, start, n, args.D, buffer);
+    buffer += kChunkKeys * args.D;
+    chunk->k_over_keys =
+        read_over_keys(args, args.key, s, head, start, n, args.D, buffer, &chunk->k);
+    buffer += kChunkKeys * args.D;
+    chunk->v = read_keys(args, args.value, s, head, start, n, args.Dv, buffer);
+  }
+
   void walk_queries(
-      const Sequence& s, int64_t head, const Chunk& chunk, const Tile& k, const Tile& v,
-      float* bias_sums) const {
+      const Sequence& s, int64_t head, const Chunk<Word>& chunk, float* bias_sums) const {
     const Blocks cut(s.Sq);
     double slope = 0;
     for (int64_t index = 0; index < cut.count; ++index) {
@@ -293,14 +304,14 @@ struct Backward {
           smaller(block.keys.end, chunk.start + chunk.readable)};
       if (seen.empty()) continue;
       const int count = split_groups(block, groups);
-      BlockInputs in;
+      BlockInputs<Word> in;
       const bool rows = grads.dkey.data != nullptr || grads.dvalue.data != nullptr;
       read_block(args, grads, s, block, groups, count, rows, &in);
       float* dquery = thread_scratch(5, kBlockRows * args.D);
       std::memset(dquery, 0, block.vectors * kLanes * args.D * sizeof(float));
       float* dbias = bias_sums == nullptr ? nullptr : bias.of(bias_sums, head, index);
       for (const Group* group = groups; group != groups + count; ++group)
-        slope += walk_tiles(s, block, *group, in, chunk, k, v, dquery, dbias);
+        slope += walk_tiles(s, block, *group, in, chunk, dquery, dbias);
       if (grads.dquery.data == nullptr) continue;
       std::atomic<int32_t>& turn = turns[head * blocks.total() + blocks.begin(s.b) + index];
       if (!take_turn(turn, (int32_t)(chunk.index - block.keys.begin / kChunkKeys))) return;
@@ -311,31 +322,24 @@ struct Backward {
   }
 
   double walk_tiles(
-      const Sequence& s, const Block& block, const Group& group, const BlockInputs& in,
-      const Chunk& chunk, const Tile& k, const Tile& v, float* dquery, float* dbias) const {
-    const int64_t begin = larger(group.some.begin, chunk.start);
+      const Sequence& s, const Block& block, const Group& group, const BlockInputs<Word>& in,
+      const Chunk<Word>& chunk, float* dquery, float* dbias) const {
+    const int64_t begin = chunk.start + skipped<Word>(chunk.start, group.some.begin);
     const int64_t end = smaller(group.some.end, chunk.start + chunk.readable);
-    const int64_t D = padded(args.D), Dv = padded(args.Dv), W = group.vectors * kLanes;
-    const int64_t rows = smaller(W, block.rows - group.lane);
+    const int64_t W = group.vectors * kLanes;
     const TileGradients tile = tile_gradients();
     double slope = 0;
     for (int64_t key = begin; key < end; key += kTileKeys) {
       const int64_t n = smaller(kTileKeys, end - key), from = key - chunk.start;
-      const Tile keys{k.data + from * k.stride, k.stride},
-          values{v.data + from * v.stride, v.stride};
+      const Tile<Word> keys{chunk.k.data + from * chunk.k.stride, chunk.k.stride};
+      const Tile<Word> values{chunk.v.data + from * chunk.v.stride, chunk.v.stride};
       grade_tile_any(args, block, group, s, in, keys, values, key, n, tile);
       if (slopes != nullptr) slope += slope_gradient(block, group, s, key, n, tile.dscores);
       if (dbias != nullptr) add_bias(group, n, tile.dscores, dbias + from * kBlockRows);
       if (args.softcap > 0)
         for (int64_t e = 0; e < n * W; e += kLanes)
           store(tile.dscores + e, load(tile.dscores + e) * load(tile.cap_slope + e));
-      if (grads.dquery.data != nullptr)
-        add_dquery_any(group, keys, n, args.D, tile.dscores, dquery + group.lane * args.D);
-      if (grads.dvalue.data != nullptr)
-        add_outer(
-            tile.weights, W, n, in.dout_rows + group.lane * Dv, rows, Dv, chunk.dv + from * Dv);
-      if (grads.dkey.data != nullptr)
-        add_outer(tile.dscores, W, n, in.query_rows + group.lane * D, rows, D, chunk.dk + from * D);
+      add_products(block, group, in, chunk, from, n, tile, dquery);
     }
     return slope;
   }
@@ -346,6 +350,29 @@ struct Backward {
         float* at = sums + k * kBlockRows + group.lane + v * kLanes;
         store(at, load(at) + load(dscores + (k * group.vectors + v) * kLanes));
       }
+  }
+
+  // dQ += K^T dS^T, dV += P^T dO, dK += dS^T Q of a tile; of pairs, what it held is lost.
+  void add_products(
+      const Block& block, const Group& group, const BlockInputs<Word>& in, const Chunk<Word>& chunk,
+      int64_t from, int64_t n, const TileGradients& tile, float* dquery) const {
+    const int64_t D = padded(args.D), Dv = padded(args.Dv), W = group.vectors * kLanes;
+    const int64_t rows = words<Word>(smaller(W, block.rows - group.lane));
+    const int64_t first = group.lane / kPerWord<Word>;
+    if (grads.dquery.data != nullptr) {
+      const int64_t stride = chunk.k_over_keys.stride;
+      const Tile<Word> keys{chunk.k_over_keys.data + from / kPerWord<Word> * stride, stride};
+      const Word* dscores = over_keys(tile.dscores, n, W, (Word*)tile.over_keys);
+      add_dquery_any(group, keys, n, args.D, dscores, dquery + group.lane * args.D);
+    }
+    if (grads.dvalue.data != nullptr) {
+      const Word* weights = over_queries(tile.weights, n, W, (Word*)tile.weights);
+      add_outer(weights, W, n, in.dout_rows + first * Dv, rows, Dv, chunk.dv + from * Dv);
+    }
+    if (grads.dkey.data != nullptr) {
+      const Word* dscores = over_queries(tile.dscores, n, W, (Word*)tile.dscores);
+      add_outer(dscores, W, n, in.query_rows + first * D, rows, D, chunk.dk + from * D);
+    }
   }
 
   // False where the chunk that is waited for has failed.
@@ -399,8 +426,8 @@ struct Backward {
   }
 
   void write_rows(
-      const Heads& out, const Sequence& s, int64_t head, const Chunk& chunk, const float* sums,
-      int64_t cols, float factor) const {
+      const Heads& out, const Sequence& s, int64_t head, const Chunk<Word>& chunk,
+      const float* sums, int64_t cols, float factor) const {
     if (out.data == nullptr) return;
     for (int64_t k = 0; k < chunk.keys; ++k) {
       const int64_t at = out.at(s.b, head, s.key_start + chunk.start + k);
@@ -414,17 +441,17 @@ struct Backward {
 // ---- tiles of one block of queries, without dQ, dK and dV --------------------------------------
 
 // body(group, key, n, dscores) for every tile of `keys` that a group of the block sees.
-template <class Body>
+template <class Word, class Body>
 static void for_graded_tiles(
     const AttentionArgs& args, const Sequence& s, int64_t head, const Block& block,
-    const Group* groups, int count, const BlockInputs& in, Range keys, Body body) {
+    const Group* groups, int count, const BlockInputs<Word>& in, Range keys, Body body) {
   const TileGradients tile = tile_gradients();
-  float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
+  Word* buffer = scratch<Word>(3, kTileKeys * (args.D + args.Dv));
   const int64_t kv_head = head / (args.Hq / args.Hkv);
   for (int64_t key = keys.begin; key < keys.end; key += kTileKeys) {
     const int64_t n = smaller(kTileKeys, keys.end - key);
-    const Tile k = read_keys(args, args.key, s, kv_head, key, n, args.D, buffer);
-    const Tile v =
+    const Tile<Word> k = read_keys(args, args.key, s, kv_head, key, n, args.D, buffer);
+    const Tile<Word> v =
         read_keys(args, args.value, s, kv_head, key, n, args.Dv, buffer + kTileKeys * args.D);
     for (const Group* group = groups; group != groups + count; ++group) {
       if (key >= group->some.end || key + n <= group->some.begin) continue;
@@ -440,6 +467,7 @@ static void for_graded_tiles(
 // the tile's. Where rows or columns of the bias are one for all, its tiles are few and small: then
 // a task is one head's part of a tile, and the parts are added in order. Sums are double from a
 // tile of scores on: a fp32 chain over 2048 queries of 16 heads lost up to 4 times the allowance.
+template <class Word>
 struct BiasBackward {
   const AttentionArgs& args;
   const AttentionGradients& grads;
@@ -506,7 +534,7 @@ struct BiasBackward {
     const Range seen{larger(block.keys.begin, cols.begin), smaller(block.keys.end, cols.end)};
     if (seen.empty()) return;
     const int count = split_groups(block, groups);
-    BlockInputs in;
+    BlockInputs<Word> in;
     read_block(args, grads, s, block, groups, count, false, &in);
     for_graded_tiles(
         args, s, head, block, groups, count, in, seen,
@@ -568,12 +596,14 @@ struct BiasBackward {
 // DroppedDelta's. Rows stand in lanes, so that the
 // terms of a row are added one after another, as those of dP are: where one key has all the weight,
 // dP - delta is exactly 0, as it is in naive PyTorch.
+template <class Word>
 static void attention_delta(const AttentionArgs& args, const AttentionGradients& grads) {
   parallel_tasks(args.B * args.Hq, [&](int64_t task) {
     const Sequence s = sequence(args, task / args.Hq);
     const int64_t head = task % args.Hq;
-    float* outs = thread_scratch(0, 2 * args.Dv * kLanes);
-    float* douts = outs + args.Dv * kLanes;
+    const int64_t terms = words<Word>(args.Dv);
+    Word* outs = scratch<Word>(0, 2 * terms * kLanes);
+    Word* douts = outs + terms * kLanes;
     for (int64_t first = 0; first < s.Sq; first += kLanes) {
       const int64_t n = smaller(kLanes, s.Sq - first);
       void *out_rows[kLanes] = {}, *dout_rows[kLanes] = {};
@@ -585,7 +615,7 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
       pack(args.out.dtype, out_rows, args.Dv, outs, kLanes);
       pack(grads.dout.dtype, dout_rows, args.Dv, douts, kLanes);
       Vec sum = {};
-      for (int64_t d = 0; d < args.Dv; ++d)
+      for (int64_t d = 0; d < terms; ++d)
         sum = fma(load(outs + d * kLanes), load(douts + d * kLanes), sum);
       const int64_t at = s.b * args.lse_batch + head * args.lse_head + s.query_start + first;
       if (args.dropout) sum = load_first(args.lse_low + at, n) == Vec{} ? Vec{} : sum;
@@ -598,6 +628,7 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
 // and out, rounded after its scaling by 1 / (1 - p), would leave it a rounding of dP (up to 2.4
 // times the allowance in the gradient of a slope). The sum of such a row is 1, so its lse is a
 // score and has no low part; elsewhere one of 2^24 rows has none.
+template <class Word>
 struct DroppedDelta {
   const AttentionArgs& args;
   const AttentionGradients& grads;
@@ -613,7 +644,7 @@ struct DroppedDelta {
     const int64_t row = s.b * args.lse_batch + head * args.lse_head + s.query_start + block.first;
     if (block.keys.empty() || !any_single(row, block.rows)) return;
     const int count = split_groups(block, groups);
-    BlockInputs in;
+    BlockInputs<Word> in;
     read_block(args, grads, s, block, groups, count, false, &in);
     std::memset(in.delta, 0, sizeof in.delta);
     float sums[kBlockRows] = {};
@@ -646,7 +677,8 @@ struct DroppedDelta {
 constexpr int64_t kRoundRows = 1 << 17, kRoundTasks = 64;
 
 // dQ, dK and dV, in rounds; the tasks of a head and of a round are neighbours.
-static void run_rounds(const AttentionArgs& args, Backward backward) {
+template <class Word>
+static void run_rounds(const AttentionArgs& args, Backward<Word> backward) {
   const Heads& dquery = backward.grads.dquery;
   const bool narrow = dquery.data != nullptr && dquery.dtype != Dtype::f32;
   const int64_t group = args.Hq / args.Hkv;
@@ -672,19 +704,20 @@ static void run_rounds(const AttentionArgs& args, Backward backward) {
   finish();
 }
 
-static void attention_bwd(const AttentionArgs& args, const AttentionGradients& grads) {
+template <class Word>
+static void attention_bwd_in(const AttentionArgs& args, const AttentionGradients& grads) {
   int64_t* ends = (int64_t*)thread_scratch(9, 4 * args.B);
   const Pieces chunks(
       args, ends, [&](const Sequence& s) { return cuts(key_rows(args, s), kChunkKeys); });
   const Pieces blocks(args, ends + args.B, [](const Sequence& s) { return Blocks(s.Sq).count; });
-  attention_delta(args, grads);
+  attention_delta<Word>(args, grads);
   if (args.dropout) {
-    const DroppedDelta delta{args, grads, blocks};
+    const DroppedDelta<Word> delta{args, grads, blocks};
     parallel_tasks(blocks.total() * args.Hq, [&](int64_t task) { delta.run(task); });
   }
   std::atomic<bool> failed{false};
   const BiasInPass in_pass(args, grads);
-  Backward backward{args, grads, chunks, blocks, nullptr, nullptr, &failed, {}, in_pass};
+  Backward<Word> backward{args, grads, chunks, blocks, nullptr, nullptr, &failed, {}, in_pass};
   backward.turns = (std::atomic<int32_t>*)thread_scratch(10, args.Hq * blocks.total());
   for (int64_t i = 0; i < args.Hq * blocks.total(); ++i) backward.turns[i] = 0;
   if (grads.slope_sums != nullptr) {
@@ -700,9 +733,16 @@ static void attention_bwd(const AttentionArgs& args, const AttentionGradients& g
         for (int64_t c = chunks.begin(b); c < chunks.ends[b]; ++c)
           grads.slope_sums[b * args.Hq + h] += backward.slopes[h * chunks.total() + c];
   if (grads.dbias.data == nullptr || in_pass.sequences > 0) return;
-  const BiasBackward bias(args, grads);
+  const BiasBackward<Word> bias(args, grads);
   parallel_tasks(bias.tasks(), [&](int64_t task) { bias.run(task); });
   if (bias.parts > 1) parallel_tasks(bias.tiles(), [&](int64_t tile) { bias.join(tile); });
+}
+
+static void attention_bwd(const AttentionArgs& args, const AttentionGradients& grads) {
+  if (in_pairs(args.query.dtype))
+    attention_bwd_in<bf16x2>(args, grads);
+  else
+    attention_bwd_in<float>(args, grads);
 }
 
 }  // namespace fastattn::FASTATTN_ISA

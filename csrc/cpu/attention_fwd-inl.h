@@ -11,9 +11,9 @@ constexpr int64_t kSplitKeys = 512;
 // Where no key was seen yet: finite, so that -inf - kLowest is -inf and never NaN.
 constexpr float kLowest = -3.4028234663852886e38f;
 
-// The running softmax of a block: slots 0 to 3 of the scratch.
+// The running softmax of a block.
 struct Softmax {
-  float *queries, *out;  // QT (D x W) and OT (Dv x W), group after group
+  float* out;  // OT (Dv x W), group after group: slot 1 of the scratch
   float row_max[kBlockRows];
   float row_sum[kBlockRows];
 };
@@ -55,29 +55,34 @@ FA_INLINE void weigh_tile(
   if (kFeatured && args.dropout) drop_weights(args, block, group, s, key, n, scores);
 }
 
-template <int NV, bool kFeatured>
+template <int NV, bool kFeatured, class Word>
 static __attribute__((noinline)) void attend(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
-    const Tile& keys, const Tile& values, int64_t key, int64_t n, Softmax* state) {
+    const Word* queries, const Tile<Word>& keys, const Tile<Word>& values, int64_t key, int64_t n,
+    Softmax* state) {
   float* scores = thread_scratch(2, kTileKeys * NV * kLanes);
   Vec largest[NV], alpha[NV];
   FA_FOR (v, NV) largest[v] = load(state->row_max + group.lane + v * kLanes);
-  dot_rows<NV>(
-      keys.data, keys.stride, n, state->queries + group.lane * args.D, args.D, args.scale, scores,
-      largest);
+  const int64_t D = words<Word>(args.D);
+  dot_rows<NV>(keys, n, queries + group.lane * D, D, args.scale, scores, largest);
   weigh_tile<NV, kFeatured>(args, block, group, s, key, n, scores, largest, alpha, state);
   float* out = state->out + group.lane * args.Dv;
-  add_rows<NV>(values.data, values.stride, n, args.Dv, scores, out, alpha);
+  const Word* weights = over_keys(scores, n, NV * kLanes, (Word*)scores);
+  add_rows<NV>(values, words<Word>(n), args.Dv, weights, out, alpha);
 }
 
-template <bool kFeatured>
+template <bool kFeatured, class Word>
 static void attend_any(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
-    const Tile& keys, const Tile& values, int64_t key, int64_t n, Softmax* state) {
+    const Word* queries, const Tile<Word>& keys, const Tile<Word>& values, int64_t key, int64_t n,
+    Softmax* state) {
   switch (group.vectors) {
-    case 3: return attend<3, kFeatured>(args, block, group, s, keys, values, key, n, state);
-    case 2: return attend<2, kFeatured>(args, block, group, s, keys, values, key, n, state);
-    default: return attend<1, kFeatured>(args, block, group, s, keys, values, key, n, state);
+    case 3:
+      return attend<3, kFeatured>(args, block, group, s, queries, keys, values, key, n, state);
+    case 2:
+      return attend<2, kFeatured>(args, block, group, s, queries, keys, values, key, n, state);
+    default:
+      return attend<1, kFeatured>(args, block, group, s, queries, keys, values, key, n, state);
   }
 }
 
@@ -91,14 +96,16 @@ static void block_rows(
   }
 }
 
+template <class Word>
 static void pack_block(
     const Block& block, const Group* groups, int count, const Heads& x, const Sequence& s,
-    int64_t cols, float* out) {
+    int64_t cols, Word* out) {
+  const int64_t width = words<Word>(cols);
   for (const Group* group = groups; group != groups + count; ++group)
     for (int v = 0; v < group->vectors; ++v) {
       void* rows[kLanes];
       block_rows(block, *group, v, x, s, rows);
-      pack(x.dtype, rows, cols, out + group->lane * cols + v * kLanes, group->vectors * kLanes);
+      pack(x.dtype, rows, cols, out + group->lane * width + v * kLanes, group->vectors * kLanes);
     }
 }
 
@@ -112,13 +119,6 @@ constexpr int kFewRows = kLanes / 2;
 FA_INLINE bool has_few_rows(const AttentionArgs& args, int64_t rows) {
   return rows <= kFewRows && args.D % kLanes == 0 && args.Dv % kLanes == 0;
 }
-
-// Keys or values: entry d of row k is data[k * stride + d].
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t stride;
-};
 
 // Where weights of a tile lie: row r and key k at data[r * row + k * key].
 struct Weights {
@@ -140,7 +140,7 @@ FA_INLINE void for_rows(int rows, Body body) {
 // 1.3 to 1.8 times as long.
 template <int R, class T>
 FA_INLINE void few_scores(
-    Rows<T> keys, int64_t n, const float* queries, int64_t D, float factor, float* scores) {
+    Tile<T> keys, int64_t n, const float* queries, int64_t D, float factor, float* scores) {
   constexpr int K = kLanes / R;  // so that their products are one vector of sums
   for (int64_t first = 0; first < cuts(n, kLanes) * kLanes; first += K) {
     Vec sums[kLanes];
@@ -183,7 +183,7 @@ FA_INLINE void few_columns(
 }
 template <int R, class T>
 FA_INLINE void few_out(
-    Rows<T> values, int64_t n, const Weights& weights, const float* alpha, float* out, int64_t Dv) {
+    Tile<T> values, int64_t n, const Weights& weights, const float* alpha, float* out, int64_t Dv) {
   constexpr int C = kLanes / R < 8 ? kLanes / R : 8;
   int64_t c = 0;
   for (; c + C * kLanes <= Dv; c += C * kLanes)
@@ -227,12 +227,12 @@ static __attribute__((noinline)) Weights weigh_in_lanes(
 template <class T>
 static __attribute__((noinline)) void attend_few(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
-    Rows<T> keys, Rows<T> values, int64_t key, int64_t n, Softmax* state) {
+    const float* queries, Tile<T> keys, Tile<T> values, int64_t key, int64_t n, float* out,
+    Softmax* state) {
   Weights weights{thread_scratch(2, kTileKeys * kFewRows), kTileKeys, 1};
   float alpha[kLanes];
   for_rows(block.rows, [&](auto R, int r) __attribute__((always_inline)) {
-    few_scores<R>(
-        keys, n, state->queries + r * args.D, args.D, args.scale, weights.data + r * kTileKeys);
+    few_scores<R>(keys, n, queries + r * args.D, args.D, args.scale, weights.data + r * kTileKeys);
   });
   if (is_featured(args))
     weights = weigh_in_lanes<true>(args, block, group, s, key, n, weights.data, alpha, state);
@@ -245,7 +245,7 @@ static __attribute__((noinline)) void attend_few(
           state->row_sum + r);
   for_rows(block.rows, [&](auto R, int r) __attribute__((always_inline)) {
     const Weights mine{weights.data + r * weights.row, weights.row, weights.key};
-    few_out<R>(values, n, mine, alpha + r, state->out + r * args.Dv, args.Dv);
+    few_out<R>(values, n, mine, alpha + r, out + r * args.Dv, args.Dv);
   });
 }
 
@@ -254,70 +254,76 @@ static void attend_few_block(
     const AttentionArgs& args, const Sequence& s, const Block& block, const Group& group,
     Range range, Softmax* state) {
   const int64_t head = block.head[0] / (args.Hq / args.Hkv);
-  float* transposed = state->out;
-  state->queries = thread_scratch(0, block.rows * (args.D + args.Dv));
-  state->out = state->queries + block.rows * args.D;
-  widen_block(block, args.query, s, args.D, state->queries);
-  std::memset(state->out, 0, block.rows * args.Dv * sizeof(float));
+  float* queries = thread_scratch(0, block.rows * (args.D + args.Dv));
+  float* out = queries + block.rows * args.D;
+  read_block_rows(block, args.query, s, args.D, queries);
+  std::memset(out, 0, block.rows * args.Dv * sizeof(float));
   float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
   for (int64_t key = range.begin; key < range.end; key += kTileKeys) {
     const int64_t n = smaller(kTileKeys, range.end - key);
     if (args.paging.table != nullptr) {
-      const Tile k = read_keys(args, args.key, s, head, key, n, args.D, buffer);
-      const Tile v =
+      const Tile<float> keys = read_keys(args, args.key, s, head, key, n, args.D, buffer);
+      const Tile<float> values =
           read_keys(args, args.value, s, head, key, n, args.Dv, buffer + kTileKeys * args.D);
-      const Rows<float> keys{k.data, k.stride}, values{v.data, v.stride};
-      attend_few(args, block, group, s, keys, values, key, n, state);
+      attend_few(args, block, group, s, queries, keys, values, key, n, out, state);
     } else {
-      const Rows<T> keys{(const T*)key_row(args, args.key, s, head, key), args.key.row};
-      const Rows<T> values{(const T*)key_row(args, args.value, s, head, key), args.value.row};
-      attend_few(args, block, group, s, keys, values, key, n, state);
+      const Tile<T> keys{(const T*)key_row(args, args.key, s, head, key), args.key.row};
+      const Tile<T> values{(const T*)key_row(args, args.value, s, head, key), args.value.row};
+      attend_few(args, block, group, s, queries, keys, values, key, n, out, state);
     }
   }
   for (int r = 0; r < block.rows; ++r)
-    for (int64_t d = 0; d < args.Dv; ++d) transposed[d * kLanes + r] = state->out[r * args.Dv + d];
-  state->out = transposed;
+    for (int64_t d = 0; d < args.Dv; ++d) state->out[d * kLanes + r] = out[r * args.Dv + d];
 }
 
 // ---- blocks -----------------------------------------------------------------------------------
+
+// Takes in keys [range.begin, range.end): slots 0 and 3 of the scratch.
+template <class Word>
+static void attend_tiles(
+    const AttentionArgs& args, const Sequence& s, const Block& block, const Group* groups,
+    int count, Range range, Softmax* state) {
+  const bool featured = is_featured(args);
+  const int64_t head = block.head[0] / (args.Hq / args.Hkv);
+  Word* queries = scratch<Word>(0, kBlockRows * args.D);  // QT (words of D x W), group after group
+  pack_block(block, groups, count, args.query, s, args.D, queries);
+  Word* buffer = scratch<Word>(3, kTileKeys * (args.D + args.Dv));
+  for (int64_t key = range.begin; key < range.end; key += kTileKeys) {
+    const int64_t n = smaller(kTileKeys, range.end - key);
+    const Tile<Word> keys = read_keys(args, args.key, s, head, key, n, args.D, buffer);
+    const Tile<Word> values =
+        read_over_keys(args, args.value, s, head, key, n, args.Dv, buffer + kTileKeys * args.D);
+    for (const Group* group = groups; group != groups + count; ++group) {
+      // keys of this tile that some row of the group sees
+      const int64_t skip = skipped<Word>(key, group->some.begin);
+      const int64_t seen = smaller(n, group->some.end - key) - skip;
+      if (seen <= 0) continue;
+      const Tile<Word> k{keys.data + skip * keys.stride, keys.stride};
+      const Tile<Word> v{values.data + skip / kPerWord<Word> * values.stride, values.stride};
+      if (featured)
+        attend_any<true>(args, block, *group, s, queries, k, v, key + skip, seen, state);
+      else
+        attend_any<false>(args, block, *group, s, queries, k, v, key + skip, seen, state);
+    }
+  }
+}
 
 // The softmax of a block over keys [range.begin, range.end).
 static void attend_block(
     const AttentionArgs& args, const Sequence& s, const Block& block, const Group* groups,
     int count, Range range, Softmax* state) {
-  const bool featured = is_featured(args);
-  const int64_t head = block.head[0] / (args.Hq / args.Hkv);
   state->out = thread_scratch(1, kBlockRows * args.Dv);
   std::memset(state->out, 0, block.vectors * kLanes * args.Dv * sizeof(float));
   for (int r = 0; r < block.vectors * kLanes; ++r) {
     state->row_max[r] = kLowest;
     state->row_sum[r] = 0.f;
   }
-  if (has_few_rows(args, block.rows)) {
+  if (has_few_rows(args, block.rows))
     FASTATTN_DISPATCH(args.key.dtype, attend_few_block, args, s, block, groups[0], range, state);
-    return;
-  }
-  state->queries = thread_scratch(0, kBlockRows * args.D);
-  pack_block(block, groups, count, args.query, s, args.D, state->queries);
-  float* buffer = thread_scratch(3, kTileKeys * (args.D + args.Dv));
-  for (int64_t key = range.begin; key < range.end; key += kTileKeys) {
-    const int64_t n = smaller(kTileKeys, range.end - key);
-    const Tile keys = read_keys(args, args.key, s, head, key, n, args.D, buffer);
-    const Tile values =
-        read_keys(args, args.value, s, head, key, n, args.Dv, buffer + kTileKeys * args.D);
-    for (const Group* group = groups; group != groups + count; ++group) {
-      // keys of this tile that some row of the group sees
-      const int64_t skip = larger(0, group->some.begin - key);
-      const int64_t seen = smaller(n, group->some.end - key) - skip;
-      if (seen <= 0) continue;
-      const Tile k{keys.data + skip * keys.stride, keys.stride};
-      const Tile v{values.data + skip * values.stride, values.stride};
-      if (featured)
-        attend_any<true>(args, block, *group, s, k, v, key + skip, seen, state);
-      else
-        attend_any<false>(args, block, *group, s, k, v, key + skip, seen, state);
-    }
-  }
+  else if (in_pairs(args.query.dtype))
+    attend_tiles<bf16x2>(args, s, block, groups, count, range, state);
+  else
+    attend_tiles<float>(args, s, block, groups, count, range, state);
 }
 
 // out = OT / row_sum and lse, with the sink's share of the sum.

@@ -314,29 +314,36 @@ static __attribute__((noinline)) void drop_weights(
   }
 }
 
-// ---- rows in fp32
-// --------------------------------------------------------------------------------
+// ---- rows of a block -------------------------------------------------------------------------
 
 FA_INLINE int64_t padded(int64_t cols) { return cuts(cols, kLanes) * kLanes; }
 
-// The rows of a block, each padded with zeros.
-static void widen_block(
-    const Block& block, const Heads& x, const Sequence& s, int64_t cols, float* out) {
+FA_INLINE const void* block_row(const Block& block, const Heads& x, const Sequence& s, int r) {
+  return offset_by(x.data, x.dtype, x.at(s.b, block.head[r], s.query_start + block.query[r]));
+}
+// Row r of words: a row in fp32, or rows 2 r and 2 r + 1.
+static void read_block_row(
+    const Block& block, const Heads& x, const Sequence& s, int r, int64_t cols, float* out) {
+  FASTATTN_DISPATCH(x.dtype, widen_row, block_row(block, x, s, r), cols, out);
+}
+static void read_block_row(
+    const Block& block, const Heads& x, const Sequence& s, int r, int64_t cols, bf16x2* out) {
+  const void* next = 2 * r + 1 < block.rows ? block_row(block, x, s, 2 * r + 1) : nullptr;
+  zip_rows(block_row(block, x, s, 2 * r), next, cols, out);
+}
+
+// The rows of a block as words over queries, each padded with zeros.
+template <class Word>
+static void read_block_rows(
+    const Block& block, const Heads& x, const Sequence& s, int64_t cols, Word* out) {
   const int64_t width = padded(cols);
-  for (int r = 0; r < block.rows; ++r) {
-    const int64_t i = s.query_start + block.query[r];
-    const void* row = offset_by(x.data, x.dtype, x.at(s.b, block.head[r], i));
-    if (width > 0) std::memset(out + r * width + width - kLanes, 0, kLanes * sizeof(float));
-    FASTATTN_DISPATCH(x.dtype, widen_row, row, cols, out + r * width);
+  for (int r = 0; r < words<Word>(block.rows); ++r) {
+    if (width > 0) std::memset(out + r * width + width - kLanes, 0, kLanes * sizeof(Word));
+    read_block_row(block, x, s, r, cols, out + r * width);
   }
 }
 
 // ---- keys and values -------------------------------------------------------------------------
-
-struct Tile {
-  const float* data;
-  int64_t stride;
-};
 
 FA_INLINE const void* key_row(
     const AttentionArgs& args, const Heads& x, const Sequence& s, int64_t head, int64_t j) {
@@ -346,8 +353,8 @@ FA_INLINE const void* key_row(
   return offset_by(x.data, x.dtype, x.at(page, head, j % args.paging.page_size));
 }
 
-// Keys [key, key + n) of a head as fp32 rows: where they lie, or copied into buffer.
-static Tile read_keys(
+// Keys [key, key + n) of a head as rows of words over D: where they lie, or copied into buffer.
+static Tile<float> read_keys(
     const AttentionArgs& args, const Heads& x, const Sequence& s, int64_t head, int64_t key,
     int64_t n, int64_t cols, float* buffer) {
   if (x.dtype == Dtype::f32 && args.paging.table == nullptr)
@@ -356,6 +363,42 @@ static Tile read_keys(
     FASTATTN_DISPATCH(
         x.dtype, widen_row, key_row(args, x, s, head, key + k), cols, buffer + k * cols);
   return {buffer, cols};
+}
+static Tile<bf16x2> read_keys(
+    const AttentionArgs& args, const Heads& x, const Sequence& s, int64_t head, int64_t key,
+    int64_t n, int64_t cols, bf16x2* buffer) {
+  if (cols % 2 == 0 && x.row % 2 == 0 && args.paging.table == nullptr)
+    return {(const bf16x2*)key_row(args, x, s, head, key), x.row / 2};
+  const int64_t width = words<bf16x2>(cols);
+  for (int64_t k = 0; k < n; ++k) {
+    if (cols % 2 != 0) buffer[k * width + width - 1] = {};
+    std::memcpy(
+        buffer + k * width, key_row(args, x, s, head, key + k), cols * (int64_t)sizeof(bf16));
+  }
+  return {buffer, width};
+}
+
+// The same keys as rows of words over keys. `rows`: what read_keys gave, if it was asked.
+static Tile<float> read_over_keys(
+    const AttentionArgs& args, const Heads& x, const Sequence& s, int64_t head, int64_t key,
+    int64_t n, int64_t cols, float* buffer, const Tile<float>* rows = nullptr) {
+  return rows == nullptr ? read_keys(args, x, s, head, key, n, cols, buffer) : *rows;
+}
+static Tile<bf16x2> read_over_keys(
+    const AttentionArgs& args, const Heads& x, const Sequence& s, int64_t head, int64_t key,
+    int64_t n, int64_t cols, bf16x2* buffer, const Tile<bf16x2>* = nullptr) {
+  for (int64_t k = 0; k < n; k += 2)
+    zip_rows(
+        key_row(args, x, s, head, key + k),
+        k + 1 < n ? key_row(args, x, s, head, key + k + 1) : nullptr, cols, buffer + k / 2 * cols);
+  return {buffer, cols};
+}
+
+// Of a tile that begins with this key, the first that is worth reading where rows see none before
+// `first`: at the start of a word over keys.
+template <class Word>
+FA_INLINE int64_t skipped(int64_t key, int64_t first) {
+  return larger(0, first - key) / kPerWord<Word> * kPerWord<Word>;
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -5,6 +5,11 @@
 // V are read as they lie, softmax is vertical, and only Q in and O out are transposed. The tile of
 // a product is MR rows of broadcast scalars by NV vectors: 3 x 4 fills AVX2's 16 registers, 3 x 8
 // AVX-512's 32.
+//
+// The operands of a product are words, fp32 or, with FASTATTN_PAIRS, pairs of bf16. A pair holds
+// two neighbours of the dimension that the product sums over: of D in K by QT, of keys in V by P,
+// of queries in P by dO. So a dimension of n entries is `words<Word>(n)` words, the last one filled
+// up with 0.
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -18,6 +23,35 @@ constexpr int kGroupVectors = 3;
 constexpr int kBlockVectors = 4 * kGroupVectors;
 constexpr int kBlockRows = kBlockVectors * kLanes;
 constexpr int64_t kTileKeys = 64;
+
+// Whether products take a dtype in pairs. In fp32 bf16 would be exact, at half the rate.
+FA_INLINE constexpr bool in_pairs([[maybe_unused]] Dtype dtype) {
+#if defined(FASTATTN_PAIRS)
+  return dtype == Dtype::bf16;
+#else
+  return false;
+#endif
+}
+
+template <class Word>
+constexpr int kPerWord = 1;  // terms of a sum
+template <>
+constexpr int kPerWord<bf16x2> = 2;
+template <class Word>
+FA_INLINE int64_t words(int64_t entries) {
+  return cuts(entries, kPerWord<Word>);
+}
+template <class Word>
+FA_INLINE Word* scratch(int slot, int64_t words) {
+  return (Word*)thread_scratch(slot, words);
+}
+
+// Word rows in memory, `stride` apart.
+template <class Word>
+struct Tile {
+  const Word* data;
+  int64_t stride;
+};
 
 // ---- transposes ------------------------------------------------------------------------------
 
@@ -36,9 +70,10 @@ constexpr int64_t kTileKeys = 64;
 #endif
 
 // kLanes x kLanes in place: log2(kLanes) rounds of zipping row k with row k + kLanes / 2.
-FA_INLINE void transpose(Vec (&x)[kLanes]) {
+template <class V>
+FA_INLINE void transpose(V (&x)[kLanes]) {
   for (int round = 1; round < kLanes; round *= 2) {
-    Vec y[kLanes];
+    V y[kLanes];
     FA_FOR (k, kLanes / 2) {
       y[2 * k] = FA_ZIP(x[k], x[k + kLanes / 2], 0);
       y[2 * k + 1] = FA_ZIP(x[k], x[k + kLanes / 2], kLanes / 2);
@@ -57,26 +92,39 @@ FA_INLINE Vec add_lanes(Vec (&x)[kLanes]) {
   return x[0];
 }
 
+template <class T>
+FA_INLINE float to_word(T x) {
+  return to_float(x);
+}
+FA_INLINE bf16x2 to_word(bf16x2 x) { return x; }
+
 // kLanes rows (null is a row of zeros) of `cols` entries as columns: entry c of row l goes to
 // out[c * W + l].
-template <class T>
-static void pack_rows(const void* const* rows, int64_t cols, float* out, int64_t W) {
+template <class T, class Word>
+static void pack_rows(const void* const* rows, int64_t cols, Word* out, int64_t W) {
+  using V = decltype(load((const T*)nullptr));
   bool all = true;
   for (int l = 0; l < kLanes; ++l) all = all && rows[l] != nullptr;
   int64_t c = 0;
   if (all)
     for (; c + kLanes <= cols; c += kLanes) {
-      Vec x[kLanes];
+      V x[kLanes];
       FA_FOR (l, kLanes) x[l] = load((const T*)rows[l] + c);
       transpose(x);
       FA_FOR (l, kLanes) store(out + (c + l) * W, x[l]);
     }
   for (int l = 0; l < kLanes; ++l)
     for (int64_t d = c; d < cols; ++d)
-      out[d * W + l] = rows[l] == nullptr ? 0.f : to_float(((const T*)rows[l])[d]);
+      out[d * W + l] = rows[l] == nullptr ? Word{} : to_word(((const T*)rows[l])[d]);
 }
 static void pack(Dtype dtype, const void* const* rows, int64_t cols, float* out, int64_t W) {
   FASTATTN_DISPATCH(dtype, pack_rows, rows, cols, out, W);
+}
+static void pack(Dtype, const void* const* rows, int64_t cols, bf16x2* out, int64_t W) {
+  pack_rows<bf16x2>(rows, cols / 2, out, W);
+  if (cols % 2 == 0) return;
+  for (int l = 0; l < kLanes; ++l)
+    out[cols / 2 * W + l] = {rows[l] == nullptr ? bf16{} : ((const bf16*)rows[l])[cols - 1], {}};
 }
 
 // The way back: column c of `in`, times factors, becomes entry c of every row that is not null.
@@ -137,39 +185,70 @@ static void narrow_row(const float* x, int64_t cols, float factor, void* row) {
   if (c < cols) store_first(out + c, load_first(x + c, cols - c) * splat(factor), cols - c);
 }
 
+// Two rows (null is a row of zeros) as one of pairs.
+static void zip_rows(const void* low, const void* high, int64_t cols, bf16x2* out) {
+  const bf16 *a = (const bf16*)low, *b = (const bf16*)high;
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes)
+    store(out + c, widen(&a[c].bits) | (b == nullptr ? UVec{} : widen(&b[c].bits) << 16));
+  for (; c < cols; ++c) out[c] = {a[c], b == nullptr ? bf16{} : b[c]};
+}
+
 FA_INLINE int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 FA_INLINE void* offset_by(void* data, Dtype dtype, int64_t entries) {
   return (char*)data + entries * bytes_of(dtype);
 }
 
+// Weights (n x W) as add_rows takes them, words over keys. `out` may be the place where they lie.
+FA_INLINE const float* over_keys(const float* weights, int64_t, int64_t, float*) { return weights; }
+FA_INLINE const bf16x2* over_keys(const float* weights, int64_t n, int64_t W, bf16x2* out) {
+  for (int64_t k = 0; k < n; k += 2)
+    for (int64_t l = 0; l < W; l += kLanes) {
+      const Vec high = k + 1 < n ? load(weights + (k + 1) * W + l) : Vec{};
+      store(out + k / 2 * W + l, pair(load(weights + k * W + l), high));
+    }
+  return out;
+}
+
+// And as add_outer takes them, words over queries: where they lie, rows W words apart as before.
+FA_INLINE const float* over_queries(const float* weights, int64_t, int64_t, float*) {
+  return weights;
+}
+FA_INLINE const bf16x2* over_queries(const float* weights, int64_t n, int64_t W, bf16x2* out) {
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t l = 0; l < W; l += kLanes)
+      store_term((bf16*)(out + k * W) + l, load(weights + k * W + l));
+  return out;
+}
+
 // ---- products --------------------------------------------------------------------------------
 
 // s[r][v] += sum over d of rows[r][d] * columns[d][v]: K by QT, or V by dOT.
-template <int NV, int MR>
+template <int NV, int MR, class Word>
 FA_INLINE void dot_tile(
-    const float* rows, int64_t stride, const float* columns, int64_t D, Vec (&s)[MR][NV]) {
+    const Word* rows, int64_t stride, const Word* columns, int64_t D, Vec (&s)[MR][NV]) {
   FA_FOR (r, MR)
     FA_FOR (v, NV) s[r][v] = Vec{};
   for (int64_t d = 0; d < D; ++d) {
-    Vec q[NV];
+    decltype(load(columns)) q[NV];
     FA_FOR (v, NV) q[v] = load(columns + (d * NV + v) * kLanes);
     FA_FOR (r, MR) {
-      const Vec k = splat(rows[r * stride + d]);
+      const auto k = splat(rows[r * stride + d]);
       FA_FOR (v, NV) s[r][v] = fma(k, q[v], s[r][v]);
     }
   }
 }
 
 // out (n x W) = factor * (rows (n x D) by columns (D x W)), and the largest entry of each column.
-template <int NV>
+template <int NV, class Word>
 FA_INLINE void dot_rows(
-    const float* rows, int64_t stride, int64_t n, const float* columns, int64_t D, float factor,
-    float* out, Vec (&largest)[NV]) {
+    const Tile<Word>& rows, int64_t n, const Word* columns, int64_t D, float factor, float* out,
+    Vec (&largest)[NV]) {
   constexpr int MR = tile_rows(NV);
   const auto tile = [&](auto size, int64_t k) __attribute__((always_inline)) {
     constexpr int rows_now = decltype(size)::value;
     Vec s[rows_now][NV];
-    dot_tile<NV, rows_now>(rows + k * stride, stride, columns, D, s);
+    dot_tile<NV, rows_now>(rows.data + k * rows.stride, rows.stride, columns, D, s);
     FA_FOR (r, rows_now)
       FA_FOR (v, NV) {
         const Vec x = s[r][v] * splat(factor);
@@ -186,9 +265,9 @@ FA_INLINE void dot_rows(
 // out (cols x W) = out * alpha + rows^T (cols x n) by weights (n x W): O += V^T P, or dQ += K^T dS.
 // The tile is summed by itself first: chains of 64 terms, not of Sk, keep the error that of blocked
 // sums.
-template <int NV>
+template <int NV, class Word>
 FA_INLINE void add_rows(
-    const float* rows, int64_t stride, int64_t n, int64_t cols, const float* weights, float* out,
+    const Tile<Word>& rows, int64_t n, int64_t cols, const Word* weights, float* out,
     const Vec (&alpha)[NV]) {
   constexpr int MR = tile_rows(NV);
   const auto tile = [&](auto size, int64_t c) __attribute__((always_inline)) {
@@ -197,10 +276,10 @@ FA_INLINE void add_rows(
     FA_FOR (r, cols_now)
       FA_FOR (v, NV) acc[r][v] = Vec{};
     for (int64_t k = 0; k < n; ++k) {
-      Vec w[NV];
+      decltype(load(weights)) w[NV];
       FA_FOR (v, NV) w[v] = load(weights + (k * NV + v) * kLanes);
       FA_FOR (r, cols_now) {
-        const Vec x = splat(rows[k * stride + c + r]);
+        const auto x = splat(rows.data[k * rows.stride + c + r]);
         FA_FOR (v, NV) acc[r][v] = fma(x, w[v], acc[r][v]);
       }
     }
@@ -218,17 +297,17 @@ FA_INLINE void add_rows(
 
 // sum (n x cols) += weights (n x q, rows W apart) by rows (q x cols): dV += P dO, dK += dS Q.
 // `cols` is a multiple of kLanes: rows and sum are padded with zeros.
-template <int MR, int NC>
+template <int MR, int NC, class Word>
 FA_INLINE void outer_tile(
-    const float* weights, int64_t W, const float* rows, int64_t q, int64_t cols, float* sum) {
+    const Word* weights, int64_t W, const Word* rows, int64_t q, int64_t cols, float* sum) {
   Vec acc[MR][NC];
   FA_FOR (r, MR)
     FA_FOR (v, NC) acc[r][v] = Vec{};
   for (int64_t i = 0; i < q; ++i) {
-    Vec x[NC];
+    decltype(load(rows)) x[NC];
     FA_FOR (v, NC) x[v] = load(rows + i * cols + v * kLanes);
     FA_FOR (r, MR) {
-      const Vec w = splat(weights[r * W + i]);
+      const auto w = splat(weights[r * W + i]);
       FA_FOR (v, NC) acc[r][v] = fma(w, x[v], acc[r][v]);
     }
   }
@@ -243,9 +322,9 @@ constexpr int kOuterRows = 6, kOuterVectors = 4;
 #else
 constexpr int kOuterRows = 6, kOuterVectors = 2;
 #endif
-template <int NC>
+template <int NC, class Word>
 FA_INLINE void outer_columns(
-    const float* weights, int64_t W, int64_t n, const float* rows, int64_t q, int64_t cols,
+    const Word* weights, int64_t W, int64_t n, const Word* rows, int64_t q, int64_t cols,
     float* sum) {
   int64_t k = 0;
   for (; k + kOuterRows <= n; k += kOuterRows)
@@ -253,8 +332,9 @@ FA_INLINE void outer_columns(
   for (; k + 2 <= n; k += 2) outer_tile<2, NC>(weights + k * W, W, rows, q, cols, sum + k * cols);
   for (; k < n; ++k) outer_tile<1, NC>(weights + k * W, W, rows, q, cols, sum + k * cols);
 }
+template <class Word>
 static __attribute__((noinline)) void add_outer(
-    const float* weights, int64_t W, int64_t n, const float* rows, int64_t q, int64_t cols,
+    const Word* weights, int64_t W, int64_t n, const Word* rows, int64_t q, int64_t cols,
     float* sum) {
   int64_t c = 0;
   for (; c + kOuterVectors * kLanes <= cols; c += kOuterVectors * kLanes)

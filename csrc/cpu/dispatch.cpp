@@ -17,13 +17,15 @@ static bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 static bool always() { return true; }
 
-// In the order of preference. generic16 is never chosen by itself: it is AVX-512's 16 lanes in
-// baseline instructions, so that the logic of that width is testable on any machine.
+// In the order of preference. generic16 is never chosen by itself: it is AVX-512's 16 lanes and
+// pairs of bf16 in baseline instructions, so that their logic is testable on any machine.
 static const Isa isas[] = {
 #if defined(__x86_64__)
+    {&avx512_bf16::kernels, has_avx512_bf16},
     {&avx512::kernels, has_avx512},
     {&avx2::kernels, has_avx2},
 #endif

@@ -29,6 +29,9 @@ extern const IsaKernels kernels;
 namespace avx512 {
 extern const IsaKernels kernels;
 }
+namespace avx512_bf16 {
+extern const IsaKernels kernels;
+}
 #endif
 
 }  // namespace fastattn

@@ -30,14 +30,14 @@ struct Matmul {
     float* packed = thread_scratch(0, kTerms * cols_each);
     for (int64_t k = 0; k == 0 || k < args.K; k += kTerms) {
       const int64_t terms = smaller(kTerms, args.K - k);
-      const Tile a = read_rows(row, rows, k, terms);
+      const Tile<float> a = read_rows(row, rows, k, terms);
       pack_columns(k, terms, col, cols, packed);
       for (int64_t c = 0; c < cols; c += width())
         multiply_any(a, rows, terms, packed + c * kTerms, row, col + c, cols - c, k == 0);
     }
   }
 
-  Tile read_rows(int64_t row, int64_t rows, int64_t k, int64_t terms) const {
+  Tile<float> read_rows(int64_t row, int64_t rows, int64_t k, int64_t terms) const {
     const float* from = args.a + row * args.a_row + k * args.a_col;
     if (args.a_col == 1) return {from, args.a_row};
     float* copy = thread_scratch(1, rows_each * kTerms);
@@ -74,8 +74,8 @@ struct Matmul {
   }
 
   void multiply_any(
-      const Tile& a, int64_t rows, int64_t terms, const float* packed, int64_t row, int64_t col,
-      int64_t cols, bool first) const {
+      const Tile<float>& a, int64_t rows, int64_t terms, const float* packed, int64_t row,
+      int64_t col, int64_t cols, bool first) const {
     switch (smaller(kGroupVectors, cuts(cols, kLanes))) {
       case 3: return multiply<3>(a, rows, terms, packed, row, col, cols, first);
       case 2: return multiply<2>(a, rows, terms, packed, row, col, cols, first);
@@ -84,11 +84,11 @@ struct Matmul {
   }
   template <int NV>
   __attribute__((noinline)) void multiply(
-      const Tile& a, int64_t rows, int64_t terms, const float* packed, int64_t row, int64_t col,
-      int64_t cols, bool first) const {
+      const Tile<float>& a, int64_t rows, int64_t terms, const float* packed, int64_t row,
+      int64_t col, int64_t cols, bool first) const {
     float* sums = thread_scratch(2, rows_each * width());
     Vec ignored[NV] = {};
-    dot_rows<NV>(a.data, a.stride, rows, packed, terms, 1.f, sums, ignored);
+    dot_rows<NV>(a, rows, packed, terms, 1.f, sums, ignored);
     for (int v = 0; v < NV; ++v) {
       const int64_t at = col + v * kLanes, n = smaller(kLanes, cols - v * kLanes);
       for (int64_t r = 0; r < rows; ++r)

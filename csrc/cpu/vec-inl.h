@@ -112,11 +112,12 @@ FA_INLINE void narrow(uint16_t* p, UVec v) {
 #endif
 
 FA_INLINE Vec load(const bf16* p) { return (Vec)(widen(&p->bits) << 16); }
-FA_INLINE void store(bf16* p, Vec v) {
+FA_INLINE UVec round_bf16(Vec v) {
   const UVec bits = (UVec)v;
   const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  narrow(&p->bits, v == v ? rounded : (UVec)(IVec{} + 0x7fc0));
+  return v == v ? rounded : (UVec)(IVec{} + 0x7fc0);
 }
+FA_INLINE void store(bf16* p, Vec v) { narrow(&p->bits, round_bf16(v)); }
 
 #if defined(FASTATTN_AVX512)
 FA_INLINE Vec load(const fp16* p) {
@@ -178,6 +179,51 @@ FA_INLINE Vec load_first(const float* p, int64_t n, float fill = 0.f) {
 FA_INLINE void store_first(float* p, Vec v, int64_t n) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
 }
+#endif
+
+// ---- pairs: two bf16 neighbours in a lane ----------------------------------------------------
+
+// Operands of a product come in words of 32 bits: a float, or a pair, and fma of pairs adds both
+// products of a lane, the high one first. One instruction does it where FASTATTN_AVX512_BF16 says
+// so, to the same bits as the plain form: a product of two bf16 is exact in a float. It takes
+// numbers below 2^-126 for 0.
+struct bf16x2 {
+  bf16 low, high;
+};
+
+FA_INLINE UVec load(const bf16x2* p) {
+  UVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FA_INLINE void store(bf16x2* p, UVec v) { __builtin_memcpy(p, &v, sizeof v); }
+FA_INLINE UVec splat(const bf16x2& x) {
+  uint32_t word;
+  __builtin_memcpy(&word, &x, sizeof word);
+  return word - UVec{};
+}
+
+#if defined(FASTATTN_AVX512_BF16)
+FA_INLINE Vec fma(UVec a, UVec b, Vec c) {
+  return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+FA_INLINE UVec pair(Vec low, Vec high) {
+  const __m512i joined = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const __m512i zipped = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+      3, 18, 2, 17, 1, 16, 0);
+  return (UVec)_mm512_permutexvar_epi16(zipped, joined);
+}
+FA_INLINE void store_term(bf16* p, Vec v) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#else
+FA_INLINE Vec fma(UVec a, UVec b, Vec c) {
+  const UVec high = UVec{} + 0xffff0000u;
+  return fma((Vec)(a << 16), (Vec)(b << 16), fma((Vec)(a & high), (Vec)(b & high), c));
+}
+FA_INLINE UVec pair(Vec low, Vec high) { return round_bf16(low) | round_bf16(high) << 16; }
+FA_INLINE void store_term(bf16* p, Vec v) { store(p, v); }
 #endif
 
 // ---- functions -----------------------------------------------------------------------------
