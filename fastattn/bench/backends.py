@@ -84,7 +84,7 @@ def on_both(workload: Workload) -> Workload:
 
 
 def row_of(workload: Workload) -> str:
-    operator = workload.family
+    operator = workload.family.removesuffix("_features")
     if operator == "activation":
         operator = "glu" if workload.case == "swiglu" else "gelu"
     return f"{operator} {8 * workload.dtype.itemsize}"

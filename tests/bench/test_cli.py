@@ -70,7 +70,7 @@ def test_compare(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["soft"], "fastattn bench: family must be one of attention, decode"),
+    (["soft"], "fastattn bench: family must be one of attention, attention_features, decode"),
     (["--dtype", "float8"], "fastattn bench: dtype must be one of float32, float16, bfloat16"),
     (["--device", "gpu"], "fastattn bench: device 'gpu' cannot be used here"),
     (["--compare", "/nowhere", "/nowhere"], "fastattn bench: /nowhere cannot be read"),
