@@ -124,9 +124,16 @@ def measured() -> dict[str, str]:
     """Who was the faster on GPUs like the one at hand: "attention 16" -> "triton", and "where"."""
     if "triton" in _unusable or not torch.cuda.is_available():
         return {}
-    name = backends_name(tune.target())
+    name = backends_name(gpu_target())
     found = [read_backends(folder / name) for folder in (tune.MEASURED, tune.cache_folder())]
     return found[0] | found[1]
+
+
+def gpu_target() -> str:
+    """sm_90, gfx942: tune.target() without Triton, whose driver needs a C compiler at its first call."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties().gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
 def backends_name(target: str) -> str:

@@ -104,7 +104,11 @@ def measured(workload: Workload, *arguments: Any) -> tuple[list[Row], list[Absen
 
 
 def in_turns(chosen: Sequence[Workload]) -> list[Workload]:
-    """One of each family, then the next of each; of every family's, each beginning a sample of all."""
+    """One of each family, then the next of each; of every family's, each beginning a sample of all, from two
+    thirds on: a short run sees neither the smallest nor the largest alone."""
     groups = [[w for w in chosen if w.family == name] for name in {w.family: 0 for w in chosen}]
-    orders = [[group[at] for at in spread(len(group))] for group in groups]
+    orders = [
+        [group[(at + 2 * len(group) // 3) % len(group)] for at in spread(len(group))]
+        for group in groups
+    ]
     return [w for turn in itertools.zip_longest(*orders) for w in turn if w is not None]

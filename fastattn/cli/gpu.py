@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from .. import registry
 from ..bench.results import about
 from ..kernels import native
 from ..kernels.triton import tune
+from ..verify import CASES
 from .autotune import known_gpu
 from .stages import SECONDS, Command, Outcome, Stage, run_stages
 from .verify import NAMED
@@ -82,10 +84,10 @@ def plan(
         tests(device, folder, python),
         Stage("verify", 90, list(verifying(device, folder, backends, fastattn))),
         Stage("autotune", 110, [Command((*tune, "--save", str(folder)))]),
-        Stage("bench", 90, [Command((*measure, str(folder / "bench.json")))]),
-        # FlexAttention and torch.compile take 10 s and more a shape
-        Stage("bench-compiled", 50, [
-            Command((*measure, str(folder / "bench-compiled.json"), "--compile", "attention", "norm"))
+        Stage("bench", 100, [Command((*measure, str(folder / "bench.json"), "--no-energy"))]),
+        # FlexAttention and torch.compile take 10 s and more a shape, energy 1 s and more a contestant
+        Stage("bench-slow", 60, [
+            Command((*measure, str(folder / "bench-slow.json"), "--compile", "attention", "norm"))
         ]),
     ]  # fmt: skip
     return [s._replace(commands=[here(c) for c in s.commands]) for s in stages]
@@ -138,10 +140,12 @@ def tests(device: str, folder: Path, python: Sequence[str]) -> Stage:
         reason = "pytest is not installed"
     elif not CHECKOUT:
         reason = "an installed package has no tests"
+    # they compile most of the time
+    beside = ("-n", str(min(8, processes()))) if importlib.util.find_spec("xdist") else ()
     words = (
-        *python, "-m", "pytest", str(ROOT / "tests/kernels"), "--rootdir", str(ROOT), "--device", device,
-        "-m", "not slow", "-k", "not test_case", "-W", "default", "-p", "no:cacheprovider",
-        "--seconds", SECONDS, "--junitxml", str(folder / "junit.xml"),
+        *python, "-m", "pytest", *beside, str(ROOT / "tests/kernels"), "--rootdir", str(ROOT),
+        "--device", device, "-m", "not slow", "-k", "not test_case", "-W", "default",
+        "-p", "no:cacheprovider", "--seconds", SECONDS, "--junitxml", str(folder / "junit.xml"),
     )  # fmt: skip
     return Stage("tests", 70, [Command(words)], reason)
 
@@ -149,25 +153,23 @@ def tests(device: str, folder: Path, python: Sequence[str]) -> Stage:
 def verifying(
     device: str, folder: Path, backends: Sequence[str], fastattn: Sequence[str]
 ) -> Iterator[Command]:
-    """A process a backend and dtype: they compile side by side, and one that loses the GPU loses it for
-    itself alone."""
-    for backend in backends:
-        for dtype in NAMED:
-            which = ("--backend", backend, "--dtype", dtype)
-            words = (
-                *fastattn,
-                "verify",
-                "--device",
-                device,
-                *which,
-                "--seconds",
-                SECONDS,
-                "--json",
-            )
-            yield Command(words, folder / f"verify-{backend}-{dtype}.json")
+    """A process a backend, dtype and half of the cases: they compile side by side, and one that loses the
+    GPU loses it for itself alone."""
+    others = sorted({case.operator for case in CASES} - {"attention"})
+    halves = {"attention": ["attention"], "others": others}
+    for backend, dtype, half in itertools.product(backends, NAMED, halves):
+        which = ["--backend", backend, "--dtype", dtype]
+        which += [word for name in halves[half] for word in ("--operator", name)]
+        words = (*fastattn, "verify", "--device", device, *which, "--seconds", SECONDS, "--json")
+        yield Command(words, folder / f"verify-{backend}-{dtype}-{half}.json")
 
 
 # ---- running them -------------------------------------------------------------------------------
+
+
+def processes() -> int:
+    """Side by side, with something left for the GPU's driver."""
+    return max(1, (os.cpu_count() or 1) - 2)
 
 
 def run_all(
@@ -178,9 +180,7 @@ def run_all(
     say(f"fastattn gpu: {facts['device']}, {facts['target']}, results in {folder}")
     (folder / "log.txt").write_text("")
     found: list[Outcome] = []
-    for outcome in run_stages(
-        stages, folder / "log.txt", seconds, say, max(1, (os.cpu_count() or 2) // 2)
-    ):
+    for outcome in run_stages(stages, folder / "log.txt", seconds, say, processes()):
         found.append(outcome)
         say(f"{outcome.stage}: {outcome.state}, {outcome.seconds:.0f} s. {outcome.detail}")
         join_reports(folder)

@@ -37,7 +37,8 @@ def kernels_on_a_gpu():
 
 
 def small():
-    verify.CASES = tuple(case for case in verify.CASES if case.operator == "softmax")[:2]
+    softmaxes = [case for case in verify.CASES if case.operator == "softmax"]
+    verify.selected = lambda operators, quick: softmaxes[:2]
     families.FAMILIES.clear()
     families.FAMILIES["norm"] = lambda s: [families.norm.workload(s, "rms_norm", 3, 33)]
     bench.SECONDS = 0.0

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ def call(operator="attention", dtype=torch.bfloat16, features=()):
 def tables(monkeypatch, tmp_path):
     """As on an H100 of which nothing is known yet; gives the committed file and the user's."""
     monkeypatch.setattr(registry.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(registry.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(registry.torch.version, "hip", None)
     monkeypatch.setattr(tune, "target", lambda: "sm_90")
     monkeypatch.setattr(tune, "MEASURED", tmp_path / "measured")
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "cache"))
@@ -44,6 +47,13 @@ def test_the_order_is_the_table_s_and_the_user_s_goes_before_the_committed(table
     assert registry.order(call("norm", torch.float32))[0] == "cuda"
     # decoding has a row of its own
     assert registry.order(call(features={"causal", "diagonal_at_length"}))[0] == "cuda"
+
+
+def test_amd_s_gpus_have_tables_of_their_own(tables, monkeypatch):
+    found = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(registry.torch.version, "hip", "7.0")
+    monkeypatch.setattr(registry.torch.cuda, "get_device_properties", lambda: found)
+    assert registry.gpu_target() == "gfx942"
 
 
 def test_compiling_takes_the_choice_for_a_constant(monkeypatch):
