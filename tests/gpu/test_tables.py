@@ -121,6 +121,8 @@ def test_every_operator_has_workloads(chosen):
     names = {backends.row_of(w).partition(" ")[0] for w in chosen}
     assert names == {"attention", "decode", "norm", "softmax", "cross_entropy", "linear_cross_entropy",
                      "gelu", "glu"}  # fmt: skip
+    # rows that calls look for
+    assert {name for name in names if name != "decode"} <= set(registry.operators("reference"))
     both = backends.on_both(chosen[0])
     assert [c.name for c in both.contestants] == ["cuda", "triton", "naive"]
     with both.contestants[1].context():
