@@ -18,6 +18,7 @@ struct BlockInputs {
   Word *queries, *douts;         // QT (words of D x W), dOT (likewise), group after group
   Word *query_rows, *dout_rows;  // (words of rows x padded D), (words of rows x padded Dv)
   float lse[kBlockRows], lse_low[kBlockRows], delta[kBlockRows];
+  float* few;  // rows x D, where rows are few: slot 7
 };
 
 template <class Word>
@@ -35,6 +36,8 @@ static void read_block(
     read_block_rows(block, args.query, s, args.D, in->query_rows);
     read_block_rows(block, grads.dout, s, args.Dv, in->dout_rows);
   }
+  in->few = has_few_rows(args, s) ? thread_scratch(7, kFewRows * args.D) : nullptr;
+  if (in->few != nullptr) read_block_rows(block, args.query, s, args.D, in->few);
   for (int r = 0; r < block.vectors * kLanes; ++r) {
     // P is 0 by an lse of +inf, whatever the scores are, in lanes that hold no row and in rows that
     // see nothing
@@ -64,6 +67,22 @@ static TileGradients tile_gradients() {
   return {start, start + size, start + 2 * size, start + 3 * size, start + 4 * size};
 }
 
+static void grade_few(
+    const AttentionArgs& args, const float* queries, int rows, Tile<float> keys, int64_t n,
+    float* scores) {
+  float found[kFewRows * kTileKeys];
+  score_few(keys, n, queries, rows, args.D, args.scale, found);
+  turn_few(found, rows, n, scores);
+}
+static void grade_few(
+    const AttentionArgs& args, const float* queries, int rows, Tile<bf16x2> keys, int64_t n,
+    float* scores) {
+  float found[kFewRows * kTileKeys];
+  const Tile<bf16> single{(const bf16*)keys.data, 2 * keys.stride};
+  score_few(single, n, queries, rows, args.D, args.scale, found);
+  turn_few(found, rows, n, scores);
+}
+
 template <int NV, class Word>
 static __attribute__((noinline)) void grade_tile(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
@@ -73,7 +92,10 @@ static __attribute__((noinline)) void grade_tile(
   const int64_t lane = group.lane, entries = n * NV * kLanes;
   const int64_t D = words<Word>(args.D), Dv = words<Word>(args.Dv);
   // the forward's scores bit for bit: a rounding elsewhere is five times the error at logits of 100
-  dot_rows<NV>(keys, n, in.queries + lane * D, D, args.scale, out.weights, ignored);
+  if (in.few != nullptr)
+    grade_few(args, in.few, block.rows, keys, n, out.weights);
+  else
+    dot_rows<NV>(keys, n, in.queries + lane * D, D, args.scale, out.weights, ignored);
   dot_rows<NV>(values, n, in.douts + lane * Dv, Dv, 1.f, out.dscores, ignored);
   if (is_featured(args)) modify_scores(args, block, group, s, key, n, out.weights, out.cap_slope);
   if (key < group.all.begin || key + n > group.all.end)
@@ -592,10 +614,10 @@ struct BiasBackward {
 
 // ---- the whole -------------------------------------------------------------------------------
 
-// delta = sum(dO * O) - dlse; the binding has put -dlse there. With dropout, rows of one key are
-// DroppedDelta's. Rows stand in lanes, so that the
-// terms of a row are added one after another, as those of dP are: where one key has all the weight,
-// dP - delta is exactly 0, as it is in naive PyTorch.
+// delta = sum(dO * O) - dlse; the binding has put -dlse there. With dropout, some rows
+// are DroppedDelta's. Rows stand in lanes, so that the terms of a row are added one after another,
+// as those of dP are: where one key has all the weight, dP - delta is exactly 0, as it is in naive
+// PyTorch.
 template <class Word>
 static void attention_delta(const AttentionArgs& args, const AttentionGradients& grads) {
   parallel_tasks(args.B * args.Hq, [&](int64_t task) {
@@ -618,16 +640,20 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
       for (int64_t d = 0; d < terms; ++d)
         sum = fma(load(outs + d * kLanes), load(douts + d * kLanes), sum);
       const int64_t at = s.b * args.lse_batch + head * args.lse_head + s.query_start + first;
-      if (args.dropout) sum = load_first(args.lse_low + at, n) == Vec{} ? Vec{} : sum;
+      if (args.dropout && grads.slope_sums != nullptr)
+        sum = Vec{};
+      else if (args.dropout)
+        sum = load_first(args.lse_low + at, n) == Vec{} ? Vec{} : sum;
       store_first(grads.delta + at, load_first(grads.delta + at, n) + sum, n);
     }
   });
 }
 
 // With dropout the same as sum(P * dP), in rows where one key has all the weight. There dS is 0,
-// and out, rounded after its scaling by 1 / (1 - p), would leave it a rounding of dP (up to 2.4
-// times the allowance in the gradient of a slope). The sum of such a row is 1, so its lse is a
-// score and has no low part; elsewhere one of 2^24 rows has none.
+// and out, rounded after its scaling by 1 / (1 - p), would leave it a rounding of dP. The sum of
+// such a row is 1, so its lse is a score and has no low part; elsewhere one of 2^24 rows has none.
+// In all rows for the gradient of a slope: there the sum of dS over keys, 0 but for delta's error,
+// counts by the distance (up to 2.4 times the allowance).
 template <class Word>
 struct DroppedDelta {
   const AttentionArgs& args;
@@ -642,7 +668,7 @@ struct DroppedDelta {
     Group groups[kBlockVectors];
     set_block(args, s, head, Blocks(s.Sq), place % blocks.of(b), &block);
     const int64_t row = s.b * args.lse_batch + head * args.lse_head + s.query_start + block.first;
-    if (block.keys.empty() || !any_single(row, block.rows)) return;
+    if (block.keys.empty() || !any_precise(row, block.rows)) return;
     const int count = split_groups(block, groups);
     BlockInputs<Word> in;
     read_block(args, grads, s, block, groups, count, false, &in);
@@ -654,13 +680,15 @@ struct DroppedDelta {
           add_over_keys(group, n, dscores, sums + group.lane);
         });
     for (int r = 0; r < block.rows; ++r)
-      if (is_single(row + r)) grads.delta[row + r] += sums[r];
+      if (is_precise(row + r)) grads.delta[row + r] += sums[r];
   }
 
-  bool is_single(int64_t row) const { return args.lse_low[row] == 0.f; }
-  bool any_single(int64_t row, int64_t rows) const {
+  bool is_precise(int64_t row) const {
+    return grads.slope_sums != nullptr || args.lse_low[row] == 0.f;
+  }
+  bool any_precise(int64_t row, int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r)
-      if (is_single(row + r)) return true;
+      if (is_precise(row + r)) return true;
     return false;
   }
 

@@ -111,54 +111,11 @@ static void pack_block(
 
 // ---- few rows ---------------------------------------------------------------------------------
 
-// Where a block has few rows, as in decoding, lanes full of rows would be mostly empty. There
-// channels stand in lanes, and keys of 16 bits are read as they lie: a key
-// takes D / kLanes + 1 steps a row and product, and not D.
-constexpr int kFewRows = kLanes / 2;
-
-FA_INLINE bool has_few_rows(const AttentionArgs& args, int64_t rows) {
-  return rows <= kFewRows && args.D % kLanes == 0 && args.Dv % kLanes == 0;
-}
-
 // Where weights of a tile lie: row r and key k at data[r * row + k * key].
 struct Weights {
   float* data;
   int64_t row, key;
 };
-
-// body(integral_constant R, r) for rows [r, r + R), two or one: four share what they read no
-// better.
-template <class Body>
-FA_INLINE void for_rows(int rows, Body body) {
-  int r = 0;
-  for (; r + 2 <= rows; r += 2) body(std::integral_constant<int, 2>{}, r);
-  for (; r < rows; ++r) body(std::integral_constant<int, 1>{}, r);
-}
-
-// scores of R rows = factor * (queries (R x D) by keys (n x D)^T), -inf up to a multiple of kLanes.
-// A key is read from end to end before the next: where memory is the limit, rows side by side took
-// 1.3 to 1.8 times as long.
-template <int R, class T>
-FA_INLINE void few_scores(
-    Tile<T> keys, int64_t n, const float* queries, int64_t D, float factor, float* scores) {
-  constexpr int K = kLanes / R;  // so that their products are one vector of sums
-  for (int64_t first = 0; first < cuts(n, kLanes) * kLanes; first += K) {
-    Vec sums[kLanes];
-    FA_FOR (k, K) {
-      const T* key = keys.data + smaller(first + k, n - 1) * keys.stride;
-      Vec sum[R] = {};
-      for (int64_t d = 0; d < D; d += kLanes) {
-        const Vec x = load(key + d);
-        FA_FOR (r, R) sum[r] = fma(load(queries + r * D + d), x, sum[r]);
-      }
-      FA_FOR (r, R) sums[r * K + k] = sum[r];
-    }
-    float found[kLanes];
-    store(found, add_lanes(sums) * splat(factor));
-    FA_FOR (r, R)
-      FA_FOR (k, K) scores[r * kTileKeys + first + k] = first + k < n ? found[r * K + k] : -kInf;
-  }
-}
 
 // out (R x Dv) = out * alpha + weights (R x n) by values (n x Dv), C vectors wide.
 template <int R, int C, class T>
@@ -214,9 +171,7 @@ static __attribute__((noinline)) Weights weigh_in_lanes(
     const AttentionArgs& args, const Block& block, const Group& group, const Sequence& s,
     int64_t key, int64_t n, const float* scores, float* alpha, Softmax* state) {
   float* turned = thread_scratch(4, kTileKeys * kLanes);
-  for (int64_t k = 0; k < n; ++k)
-    for (int r = 0; r < kLanes; ++r)
-      turned[k * kLanes + r] = r < block.rows ? scores[r * kTileKeys + k] : 0.f;
+  turn_few(scores, block.rows, n, turned);
   Vec largest[1] = {load(state->row_max)}, factor[1];
   for (int64_t k = 0; k < n; ++k) largest[0] = max(largest[0], load(turned + k * kLanes));
   weigh_tile<1, kFeatured>(args, block, group, s, key, n, turned, largest, factor, state);
@@ -231,9 +186,7 @@ static __attribute__((noinline)) void attend_few(
     Softmax* state) {
   Weights weights{thread_scratch(2, kTileKeys * kFewRows), kTileKeys, 1};
   float alpha[kLanes];
-  for_rows(block.rows, [&](auto R, int r) __attribute__((always_inline)) {
-    few_scores<R>(keys, n, queries + r * args.D, args.D, args.scale, weights.data + r * kTileKeys);
-  });
+  score_few(keys, n, queries, block.rows, args.D, args.scale, weights.data);
   if (is_featured(args))
     weights = weigh_in_lanes<true>(args, block, group, s, key, n, weights.data, alpha, state);
   else if (key < group.all.begin || key + n > group.all.end)
@@ -318,7 +271,7 @@ static void attend_block(
     state->row_max[r] = kLowest;
     state->row_sum[r] = 0.f;
   }
-  if (has_few_rows(args, block.rows))
+  if (has_few_rows(args, s))
     FASTATTN_DISPATCH(args.key.dtype, attend_few_block, args, s, block, groups[0], range, state);
   else if (in_pairs(args.query.dtype))
     attend_tiles<bf16x2>(args, s, block, groups, count, range, state);
