@@ -492,6 +492,37 @@ def test_large_logits(scale, causal, S, D):
     assert verdict.passed, verdict.explain()
 
 
+MANY_HEADS = {  # tasks enough, 16, for the gradient of a bias in the main pass
+    "for the batch": {"Hq": 16, "bias": "1hqk"},
+    "of each sequence": {"Hq": 8, "bias": "bhqk", "causal": True},
+    "grouped": {"Hq": 16, "Hkv": 8, "Sk": 300, "bias": "1hqk", "window": (90, 0)},
+    "several blocks": {"Hq": 16, "Sq": 200, "Sk": 260, "bias": "hqk", "lengths": (260, 30)},
+    "capped": {"Hq": 16, "bias": "1hqk", "softcap": 2.0, "lengths": (0, 67), "hole": 0.3},
+    "dropped": {"Hq": 16, "bias": "hqk", "dropout_p": 0.2, "slopes": "h", "wide": True},
+}
+
+
+@pytest.mark.parametrize("name", MANY_HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_bias_for_many_heads(isa, dtype, name):
+    with native.use_isa(isa):
+        verdict = judge(attention("bias", f"many heads {name}", **MANY_HEADS[name]), dtype, "cpu")
+    assert verdict.passed, verdict.explain()
+
+
+@pytest.mark.parametrize("Sq", [1, 2, 3, 6, 8, 9])
+@pytest.mark.parametrize("isa", ISAS)
+def test_few_rows_are_given_the_same_scores_backward(isa, Sq):
+    """Of each query's weights the sum is 1; with logits rounded otherwise it would be off by 1e-3."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, Sq, 64), torch.randn(1, 1, 100, 64)
+    v = torch.randn(1, 1, 100, 64, requires_grad=True)
+    with native.use_isa(isa):
+        fa.attention(q, k, v, scale=300.0, backend="cpu").sum().backward()
+    torch.testing.assert_close(v.grad.sum(2), torch.full((1, 1, 64), float(Sq)), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 1, 3), (1, 8, 1, 1), (1, 1, 30000, 1)])
 def test_the_gradient_of_a_broadcast_bias_is_no_long_sum_in_fp32(shape):
     """A chain of 5000 additions of 48.48 to 2e5 would round nearly each of them the same way."""
