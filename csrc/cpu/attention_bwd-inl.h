@@ -67,20 +67,10 @@ static TileGradients tile_gradients() {
   return {start, start + size, start + 2 * size, start + 3 * size, start + 4 * size};
 }
 
-static void grade_few(
-    const AttentionArgs& args, const float* queries, int rows, Tile<float> keys, int64_t n,
-    float* scores) {
-  float found[kFewRows * kTileKeys];
-  score_few(keys, n, queries, rows, args.D, args.scale, found);
-  turn_few(found, rows, n, scores);
-}
-static void grade_few(
-    const AttentionArgs& args, const float* queries, int rows, Tile<bf16x2> keys, int64_t n,
-    float* scores) {
-  float found[kFewRows * kTileKeys];
-  const Tile<bf16> single{(const bf16*)keys.data, 2 * keys.stride};
-  score_few(single, n, queries, rows, args.D, args.scale, found);
-  turn_few(found, rows, n, scores);
+// Rows of pairs as the entries that they hold: where rows are few, D is even.
+FA_INLINE Tile<float> entries_of(Tile<float> keys) { return keys; }
+FA_INLINE Tile<bf16> entries_of(Tile<bf16x2> keys) {
+  return {(const bf16*)keys.data, 2 * keys.stride};
 }
 
 template <int NV, class Word>
@@ -92,10 +82,13 @@ static __attribute__((noinline)) void grade_tile(
   const int64_t lane = group.lane, entries = n * NV * kLanes;
   const int64_t D = words<Word>(args.D), Dv = words<Word>(args.Dv);
   // the forward's scores bit for bit: a rounding elsewhere is five times the error at logits of 100
-  if (in.few != nullptr)
-    grade_few(args, in.few, block.rows, keys, n, out.weights);
-  else
+  if (in.few != nullptr) {
+    float scores[kFewRows * kTileKeys];
+    score_few(entries_of(keys), n, in.few, block.rows, args.D, args.scale, scores);
+    turn_few(scores, block.rows, n, out.weights);
+  } else {
     dot_rows<NV>(keys, n, in.queries + lane * D, D, args.scale, out.weights, ignored);
+  }
   dot_rows<NV>(values, n, in.douts + lane * Dv, Dv, 1.f, out.dscores, ignored);
   if (is_featured(args)) modify_scores(args, block, group, s, key, n, out.weights, out.cap_slope);
   if (key < group.all.begin || key + n > group.all.end)
@@ -614,8 +607,8 @@ struct BiasBackward {
 
 // ---- the whole -------------------------------------------------------------------------------
 
-// delta = sum(dO * O) - dlse; the binding has put -dlse there. With dropout, some rows
-// are DroppedDelta's. Rows stand in lanes, so that the terms of a row are added one after another,
+// delta = sum(dO * O) - dlse; the binding has put -dlse there. With dropout, rows of one key are
+// DroppedDelta's. Rows stand in lanes, so that the terms of a row are added one after another,
 // as those of dP are: where one key has all the weight, dP - delta is exactly 0, as it is in naive
 // PyTorch.
 template <class Word>
@@ -640,10 +633,7 @@ static void attention_delta(const AttentionArgs& args, const AttentionGradients&
       for (int64_t d = 0; d < terms; ++d)
         sum = fma(load(outs + d * kLanes), load(douts + d * kLanes), sum);
       const int64_t at = s.b * args.lse_batch + head * args.lse_head + s.query_start + first;
-      if (args.dropout && grads.slope_sums != nullptr)
-        sum = Vec{};
-      else if (args.dropout)
-        sum = load_first(args.lse_low + at, n) == Vec{} ? Vec{} : sum;
+      if (args.dropout) sum = load_first(args.lse_low + at, n) == Vec{} ? Vec{} : sum;
       store_first(grads.delta + at, load_first(grads.delta + at, n) + sum, n);
     }
   });
@@ -683,9 +673,8 @@ struct DroppedDelta {
       if (is_precise(row + r)) grads.delta[row + r] += sums[r];
   }
 
-  bool is_precise(int64_t row) const {
-    return grads.slope_sums != nullptr || args.lse_low[row] == 0.f;
-  }
+  static bool all_rows(const AttentionGradients& grads) { return grads.slope_sums != nullptr; }
+  bool is_precise(int64_t row) const { return all_rows(grads) || args.lse_low[row] == 0.f; }
   bool any_precise(int64_t row, int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r)
       if (is_precise(row + r)) return true;
@@ -738,7 +727,7 @@ static void attention_bwd_in(const AttentionArgs& args, const AttentionGradients
   const Pieces chunks(
       args, ends, [&](const Sequence& s) { return cuts(key_rows(args, s), kChunkKeys); });
   const Pieces blocks(args, ends + args.B, [](const Sequence& s) { return Blocks(s.Sq).count; });
-  attention_delta<Word>(args, grads);
+  if (!args.dropout || !DroppedDelta<Word>::all_rows(grads)) attention_delta<Word>(args, grads);
   if (args.dropout) {
     const DroppedDelta<Word> delta{args, grads, blocks};
     parallel_tasks(blocks.total() * args.Hq, [&](int64_t task) { delta.run(task); });

@@ -80,12 +80,10 @@ static void drop(const NormArgs& args, const uint32_t* words, const float* a, fl
     out[c] = words[c] < args.drop_below || keep_none ? 0.f : a[c] * args.keep_scale;
 }
 
-// Asks for a row that comes next: the passes over the present one leave the memory idle.
 static void prefetch_row(Dtype dtype, const RowMap& map, int64_t row, const NormArgs& args) {
   if (map.data == nullptr || row >= args.R) return;
   const int64_t bytes = dtype == Dtype::f32 ? 4 : 2;
-  const char* start = (const char*)map.data + map.offset(row) * bytes;
-  for (int64_t at = 0; at < args.C * bytes; at += 64) __builtin_prefetch(start + at);
+  prefetch((const char*)map.data + map.offset(row) * bytes, args.C * bytes);
 }
 
 // z of a row: in buffer, or where x already holds it.

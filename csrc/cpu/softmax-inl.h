@@ -41,9 +41,7 @@ FA_INLINE void softmax_row(const SoftmaxArgs& args, int64_t row, float* z) {
   if (keep != nullptr) keep += args.mask.offset(row);
   const float row_max = reduce_max(softmax_logits(x, keep, args.mask.col, C, args.scale, z));
   const Vec shift = splat(row_max == -kInf ? 0.f : row_max);
-  // the next row comes while this one is in the registers
-  for (int64_t ahead = 0; ahead < args.C; ahead += 64 / sizeof(T))
-    __builtin_prefetch(x + args.C + ahead);
+  prefetch(x + args.C, args.C * (int64_t)sizeof(T));
   Vec sums = {};
   int64_t c = 0;
   for (; c + kLanes <= C; c += kLanes) {
