@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import registry
 from . import dispatch
+from .operator import transforming
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, float scale, bool causal, "
@@ -65,7 +65,6 @@ def transformed() -> bool:
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or transforming()
         or dispatch.autocasts("cpu")
     )

@@ -164,8 +164,7 @@ class Primitive:
         if torch.compiler.is_compiling():
             return self.op(*inputs)
         try:
-            # A registered operator would drop tangents without a word; both tests cost 0.1 us.
-            if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            if transforming():
                 return Transformable.apply(self, *inputs)
             return self.op(*inputs)
         except RuntimeError as error:
@@ -269,6 +268,12 @@ class Transformable(torch.autograd.Function):
             torch.stack(parts)[: info.batch_size] for parts in zip(*slices, strict=True)
         )
         return stacked, (0,) * len(stacked)
+
+
+def transforming() -> bool:
+    """Under torch.func or forward-mode AD, where a registered operator would drop tangents without a word.
+    Both tests cost 0.1 us."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def translated(error: RuntimeError) -> Exception:
