@@ -280,9 +280,8 @@ def take_turns(entrants: dict[str, Entrant], budget: float) -> dict[str, list[fl
     times: dict[str, list[float]] = {name: [] for name in entrants}
     order, shuffle = list(entrants), random.Random(0).shuffle
     for _ in range(rounds):
-        shuffle(
-            order
-        )  # nobody always follows the same other, and finds the memory that it has left
+        # nobody always follows the same other, and finds the memory that it has left
+        shuffle(order)
         for name in order:
             times[name].append(entrants[name].sample())
     return times

@@ -7,7 +7,7 @@ from typing import Any
 
 from .pictures import pictures
 from .results import Check, Checks, Results, rate
-from .summary import named, summary
+from .summary import digits, named, summary
 from .workload import NAIVE, OURS
 
 NOTHING = "No results are published yet.\n"
@@ -194,10 +194,6 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]], words: int) ->
 
 def details(title: str, inside: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{inside}\n\n</details>"
-
-
-def digits(x: float) -> str:
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def ratio(x: float) -> str:

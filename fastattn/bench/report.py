@@ -9,8 +9,8 @@ from typing import Any
 
 from .harness import Row
 from .results import Check, Checks, Growth, Results, rate
-from .summary import summary
-from .workload import OURS
+from .summary import digits, summary
+from .workload import OURS, sizes_text
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d0d0d0; --soft: #f3f4f6; --text: #1a1a1a; --page: #ffffff;
@@ -173,7 +173,16 @@ def summary_table(results: Results) -> str:
 
 def growth_table(growth: Sequence[Growth]) -> str:
     rows = (
-        (g.family, g.case, sizes(g.sizes), g.dtype, g.direction, g.contestant, g.time, g.memory)
+        (
+            g.family,
+            g.case,
+            sizes_text(g.sizes),
+            g.dtype,
+            g.direction,
+            g.contestant,
+            g.time,
+            g.memory,
+        )
         for g in growth
     )
     heads = ("family", "case", "sizes", "dtype", "direction", "who", "time", "memory")
@@ -184,7 +193,15 @@ def growth_table(growth: Sequence[Growth]) -> str:
 def left_out(results: Results) -> str:
     heads = ("family", "case", "sizes", "dtype", "who", "directions", "reason")
     rows = (
-        (a.family, a.case, sizes(a.sizes), a.dtype, a.contestant, ", ".join(a.directions), a.reason)
+        (
+            a.family,
+            a.case,
+            sizes_text(a.sizes),
+            a.dtype,
+            a.contestant,
+            ", ".join(a.directions),
+            a.reason,
+        )
         for a in results.absent
     )
     return table(heads, rows)
@@ -240,15 +257,11 @@ def facts(found: Results | Checks) -> str:
 
 def cells(row: Row, results: Results, more: tuple[str, ...] = ()) -> tuple[Any, ...]:
     return (
-        row.case, sizes(row.sizes), row.dtype, row.direction, row.contestant, 1e3 * row.seconds,
+        row.case, sizes_text(row.sizes), row.dtype, row.direction, row.contestant, 1e3 * row.seconds,
         1e3 * row.low, 1e3 * row.high, rate(row) / 1e9, results.percent(row),
         None if row.bytes is None else row.bytes / 1e6,
         1 / row.ratios[OURS] if OURS in row.ratios else None, row.error, *[row.joules for _ in more],
     )  # fmt: skip
-
-
-def sizes(found: dict[str, int]) -> str:
-    return " ".join(f"{letter}{size}" for letter, size in found.items())
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -269,7 +282,7 @@ def cell(x: Any) -> str:
     """Numbers sort by their value, of which three digits are shown."""
     if not isinstance(x, (int, float)):
         return f"<td>{'' if x is None else text(x)}</td>"
-    shown = f"{x:.0f}" if x >= 100 or isinstance(x, int) else f"{x:.3g}"
+    shown = str(x) if isinstance(x, int) else digits(x)
     return f'<td class="number" data-value="{x!r}">{shown}</td>'
 
 

@@ -38,9 +38,8 @@ class Results:
     absent: list[Absent] = field(default_factory=list)
     ceilings: dict[str, dict[str, Any]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
-    targets: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # of targets.py, where they were asked for
+    # of targets.py, where they were asked for
+    targets: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def wrong(self) -> list[Absent]:

@@ -7,7 +7,7 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 from .harness import Row
-from .workload import OURS
+from .workload import OURS, sizes_text
 
 
 class Summary(NamedTuple):
@@ -45,4 +45,9 @@ def directions_shown(rows: Iterable[Row]) -> list[str]:
 
 
 def named(case: str, sizes: dict[str, int]) -> str:
-    return " ".join([case, *(f"{letter}{size}" for letter, size in sizes.items())])
+    return " ".join([case, sizes_text(sizes)])
+
+
+def digits(x: float) -> str:
+    """Three of them, and no exponent for what is large."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"

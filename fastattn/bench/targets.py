@@ -91,6 +91,12 @@ TARGETS = (
 )  # fmt: skip
 
 
+def against_torch(workload: Workload, direction: str) -> Workload:
+    """With torch's own ways alone beside fastattn."""
+    named = tuple(c for c in workload.contestants if c.name in (OURS, *TORCHS))
+    return replace(workload, contestants=named, directions=(direction,))
+
+
 def run_targets(
     words: Sequence[str] = (),
     *,
@@ -125,10 +131,7 @@ def reach(
     """Adds the target's rows to results. mean and least: of fastattn's ratios to torch's best."""
     ratios: list[float] = []
     for workload in target.workloads(Setting(dtype)):
-        named = tuple(c for c in workload.contestants if c.name in (OURS, *TORCHS))
-        rows, absent = measure(
-            replace(workload, contestants=named, directions=(target.direction,)), clock, seconds
-        )
+        rows, absent = measure(against_torch(workload, target.direction), clock, seconds)
         results.rows += rows
         results.absent += absent
         ratios += [min(row.ratios.values()) for row in rows if row.contestant == OURS]

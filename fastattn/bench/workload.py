@@ -81,8 +81,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        sizes = " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
-        return f"{self.family} {self.case} {sizes}"
+        return f"{self.family} {self.case} {sizes_text(self.sizes)}"
 
     def inputs(self, judged: bool = False) -> Inputs:
         """The same numbers every time, whatever else has been drawn. A GPU draws its own: the billion
@@ -110,6 +109,10 @@ class Setting:
     def pick(self, quick: Any, cpu: Any, gpu: Any) -> Any:
         """The sizes of a quick run, of a full one on a CPU, and of a full one on a GPU."""
         return quick if self.quick else gpu if self.on_gpu else cpu
+
+
+def sizes_text(sizes: dict[str, int]) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in sizes.items())
 
 
 def direct(function: Callable[..., Tensor], **options: Any) -> Callable[[Inputs], Call]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..bench import FAMILIES, OURS, Results, Row, compare, read, run_bench, run_targets
 from ..bench.results import NOISE, Change, rate
+from ..bench.summary import digits, named
 from .progress import progress
 from .verify import known_device, known_dtype
 
@@ -23,6 +24,10 @@ CAPTION = (
     "ms: median and quartiles of interleaved rounds. ceiling: percent of what this machine did in this run, "
     "{ceiling}; data that a cache holds can pass it. memory: peak over what was there, results included. "
     "times fastattn: how many times as long as fastattn it took, the median over rounds."
+)
+OF_THEIR_OWN = (
+    "--targets has dtypes, sizes and times of its own, on a CPU, and takes no --device, --dtype, --quick, "
+    "--compile or --seconds"
 )
 WIDTH = 160  # of a table that no terminal shows
 
@@ -77,6 +82,8 @@ def bench(
         try:
             with progress(60) as tell:
                 if targets:
+                    if dtype or quick or compiled or seconds or device != "cpu":
+                        raise ValueError(OF_THEIR_OWN)
                     results = run_targets(family or [], progress=tell)
                 else:
                     results = run_bench(
@@ -97,10 +104,8 @@ def bench(
         show(results)
     console = Console(stderr=as_json, soft_wrap=True, highlight=False)
     for a in results.wrong:
-        sizes = named_sizes(a.sizes)
-        console.print(
-            f"wrong: {a.family} {a.case} {sizes} {a.contestant}: {a.reason}", markup=False
-        )
+        call = f"{a.family} {named(a.case, a.sizes)} {a.contestant}"
+        console.print(f"wrong: {call}: {a.reason}", markup=False)
     console.print(
         f"fastattn bench: {len(results.rows)} results, {len(results.wrong)} wrong, "
         f"{results.about['threads']} threads, {results.about['date']}"
@@ -137,10 +142,10 @@ def family_table(family: str, rows: Sequence[Row], results: Results) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     last: tuple[str, ...] = ()
     for row in rows:
-        at = (f"{row.case} {named_sizes(row.sizes)}", row.dtype, row.direction)
+        at = (named(row.case, row.sizes), row.dtype, row.direction)
         if last and at != last:
             table.add_section()
-        joules = "" if row.joules is None else shown(row.joules)
+        joules = "" if row.joules is None else digits(row.joules)
         own = (*cells(row, results), joules) if counted else cells(row, results)
         table.add_row(*(at if at != last else ("", "", "")), *own)
         last = at
@@ -151,23 +156,14 @@ def cells(row: Row, results: Results) -> tuple[str, ...]:
     name = f"[bold]{row.contestant}[/bold]" if row.contestant == OURS else row.contestant
     slower = 1 / row.ratios[OURS] if OURS in row.ratios else None
     return (
-        name, shown(1e3 * row.seconds), f"{shown(1e3 * row.low)}-{shown(1e3 * row.high)}",
-        shown(rate(row) / 1e9), f"{results.percent(row):.0f} %",
+        name, digits(1e3 * row.seconds), f"{digits(1e3 * row.low)}-{digits(1e3 * row.high)}",
+        digits(rate(row) / 1e9), f"{results.percent(row):.0f} %",
         "" if row.bytes is None else f"{row.bytes / 1e6:.1f}", "" if slower is None else f"{slower:.2f}",
     )  # fmt: skip
 
 
-def shown(x: float) -> str:
-    """Three digits, and never an exponent."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-
-
 def unit(bound: str) -> str:
     return "GFLOP/s" if bound == "flops" else "GB/s"
-
-
-def named_sizes(sizes: dict[str, int]) -> str:
-    return " ".join(f"{letter}{size}" for letter, size in sizes.items())
 
 
 def show_growth(console: Console, results: Results) -> None:
@@ -181,7 +177,7 @@ def show_growth(console: Console, results: Results) -> None:
         table.add_column(head, justify="right")
     for g in growth:
         exponents = ("" if x is None else f"{x:.2f}" for x in (g.time, g.memory))
-        case = f"{g.family} {g.case} {named_sizes(g.sizes)}"
+        case = f"{g.family} {named(g.case, g.sizes)}"
         table.add_row(case, g.dtype, g.direction, g.contestant, *exponents)
     console.print(table)
 
@@ -208,7 +204,7 @@ def absences(results: Results) -> list[str]:
     where: dict[tuple[str, str, str], list[str]] = {}
     for a in results.absent:
         if not a.wrong:
-            forms = f"{a.case} {named_sizes(a.sizes)}"
+            forms = named(a.case, a.sizes)
             where.setdefault((a.family, a.contestant, a.reason), []).append(forms)
     timed = {(row.family, row.contestant) for row in results.rows}
     return [
@@ -261,8 +257,8 @@ def change_table(changes: Sequence[Change]) -> Table:
     for c in changes:
         row = c.row
         table.add_row(
-            f"{row.family} {row.case} {named_sizes(row.sizes)}", row.dtype, row.direction,
-            row.contestant, shown(1e3 * c.before.seconds), shown(1e3 * row.seconds),
+            f"{row.family} {named(row.case, row.sizes)}", row.dtype, row.direction,
+            row.contestant, digits(1e3 * c.before.seconds), digits(1e3 * row.seconds),
             f"{c.factor:.2f}", "" if c.relative is None else f"{c.relative:.2f}",
         )  # fmt: skip
     return table

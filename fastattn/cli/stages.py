@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-OWN_TIME = (
-    0.8  # of a stage's time is what its command is told; then it has time to write what it found
-)
+# Of a stage's time is what its command is told; then it has time to write what it found.
+OWN_TIME = 0.8
 SECONDS = "{seconds}"  # in a command: that time
 
 

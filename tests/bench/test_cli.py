@@ -73,6 +73,8 @@ def test_compare(tiny, tmp_path):
     (["soft"], "fastattn bench: family must be one of attention, attention_features, decode"),
     (["--dtype", "float8"], "fastattn bench: dtype must be one of float32, float16, bfloat16"),
     (["--device", "gpu"], "fastattn bench: device 'gpu' cannot be used here"),
+    (["--targets", "gelu", "--quick"], "fastattn bench: --targets has dtypes, sizes and times of its own"),
+    (["--targets", "nothing"], "fastattn bench: no target has any of these words in it: nothing"),
     (["--compare", "/nowhere", "/nowhere"], "fastattn bench: /nowhere cannot be read"),
 ])  # fmt: skip
 def test_wrong_commands(arguments, sentence):

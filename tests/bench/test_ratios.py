@@ -4,7 +4,6 @@ Ratios of interleaved rounds on one thread, never times; on a busy machine a cas
 """
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 from fastattn.bench.ceiling import device_clock
 from fastattn.bench.families import activation, attention, attention_features, decode, norm, softmax
 from fastattn.bench.harness import measure
-from fastattn.bench.targets import TORCHS
+from fastattn.bench.targets import against_torch
 from fastattn.bench.workload import NAIVE, OURS, Setting
 
 # (workload, direction, dtype, the least ratio): about half of the ratio on a machine with AVX-512
@@ -47,9 +46,7 @@ def one_thread():
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_has_become_much_slower_than_torch(case):
     make, arguments, direction, dtype, least = CASES[case]
-    workload = make(Setting(dtype), *arguments)
-    named = tuple(c for c in workload.contestants if c.name in (OURS, *TORCHS))
-    workload = replace(workload, contestants=named, directions=(direction,))
+    workload = against_torch(make(Setting(dtype), *arguments), direction)
     ratios = []
     while len(ratios) < 3 and max(ratios, default=0.0) < least:
         rows, absent = measure(workload, device_clock("cpu"), budget=0.2)

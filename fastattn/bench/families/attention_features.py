@@ -6,10 +6,9 @@ Operations are those of the scores that count, so that skipping the others shows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +16,25 @@ from torch import Tensor
 
 import fastattn as fa
 
-from ..workload import NAIVE, OURS, Call, Contestant, Cost, Inputs, Setting, Workload
+from ..workload import NAIVE, OURS, Call, Contestant, Cost, Inputs, Setting, Workload, direct
 from .attention import with_room
 
 NAMES = ("query", "key", "value")
-DROPOUT, WINDOW = 0.1, 256
+WINDOW = 256
 LENGTHS = (512, 64, 128, 320, 32, 448, 96, 192)  # of the packed sequences, times S / 512
 
 
 @dataclass(frozen=True)
 class Form:
-    """ours(query, key, value, **extra) and the same for naive and torch. extra(B, H, S): more inputs.
-    visible(S): how many of S² scores a head are not masked, where that is known."""
+    """ours(query, key, value, **extra), as naive() and torchs() are called too. extra(B, H, S): more inputs.
+    visible(S): how many of S² scores a head are not masked, where that is known. biases: of S² numbers
+    each, with a gradient. dropout_p: of the weights, for all but the judges."""
 
-    ours: Callable[..., Tensor]
-    naive: Callable[..., Tensor]
-    torchs: Callable[..., Tensor]
-    extra: Callable[[int, int, int], Inputs] = field(default=lambda B, H, S: {})
-    visible: Callable[[int], float] = field(default=lambda S: float(S * S))
-    judged: dict[str, Any] = field(default_factory=dict)
+    ours: Callable[..., Tensor] = fa.attention
+    extra: Callable[[int, int, int], Inputs] = lambda B, H, S: {}
+    visible: Callable[[int], float] = lambda S: float(S * S)
+    biases: Callable[[int], int] = lambda H: 0
+    dropout_p: float = 0.0
 
 
 def naive(
@@ -69,15 +68,15 @@ def band(B: int, H: int, S: int) -> Inputs:
 
 
 FORMS = {
-    "mask": Form(fa.attention, naive, torchs, lambda B, H, S: {"mask": torch.rand(B, 1, S, S) > 0.3}),
+    "mask": Form(extra=lambda B, H, S: {"mask": torch.rand(B, 1, S, S) > 0.3}),
     "bias": Form(
-        fa.attention, naive, torchs,
-        lambda B, H, S: {"bias": torch.randn(H, S, S, dtype=torch.float64)},
+        extra=lambda B, H, S: {"bias": torch.randn(H, S, S, dtype=torch.float64)},
+        biases=lambda H: H,
     ),
-    "dropout": Form(fa.attention, naive, torchs, judged={"dropout_p": 0.0}),
-    "window": Form(windowed, naive, torchs, band, lambda S: S * (WINDOW + 1) - WINDOW * (WINDOW + 1) / 2),
-    "narrow values": Form(fa.attention, naive, torchs),
-}  # fmt: skip
+    "dropout": Form(dropout_p=0.1),
+    "window": Form(windowed, band, lambda S: S * (WINDOW + 1) - WINDOW * (WINDOW + 1) / 2),
+    "narrow values": Form(),
+}
 
 
 def workloads(setting: Setting) -> Iterator[Workload]:
@@ -97,27 +96,20 @@ def workload(setting: Setting, case: str, B: int, H: int, S: int, D: int, Dv: in
         tensors["value"] = torch.randn(B, H, S, Dv, dtype=torch.float64)
         return tensors | form.extra(B, H, S)
 
-    options = {"dropout_p": DROPOUT} if case == "dropout" else {}
+    drop = {"dropout_p": form.dropout_p} if form.dropout_p else {}
     contestants = []
-    for name, function in ((OURS, form.ours), (NAIVE, form.naive), ("sdpa", form.torchs)):
-        bind = calling(function, **options)
-        if name != OURS:
-            bind = with_room(setting, bind)
-        quiet = calling(function, **form.judged) if form.judged else None
-        contestants.append(Contestant(name, bind, judged=quiet))
-    extra = sum(x.numel() for x in form.extra(B, H, S).values() if x.is_floating_point())
+    for name, function in ((OURS, form.ours), (NAIVE, naive), ("sdpa", torchs)):
+        bind = direct(function, **drop)
+        bind = bind if name == OURS else with_room(setting, bind)
+        contestants.append(Contestant(name, bind, judged=direct(function) if drop else None))
     tensor = B * H * S * (D + Dv) * setting.dtype.itemsize
-    size = extra * setting.dtype.itemsize
+    size = form.biases(H) * S * S * setting.dtype.itemsize
     flops = 2.0 * B * H * form.visible(S) * (D + Dv)
     return Workload(
         "attention_features", case, {"B": B, "H": H, "S": S, "D": D, "Dv": Dv}, setting.dtype,
         setting.device, Cost(flops, 2 * tensor + size, 2.5 * flops, 4 * tensor + 2 * size), "flops",
         make, tuple(contestants), make_judged=lambda: make(1, 2),
     )  # fmt: skip
-
-
-def calling(function: Callable[..., Tensor], **options: float) -> Callable[[Inputs], Call]:
-    return lambda x: lambda: function(**x, **options)
 
 
 # ---- packed sequences -----------------------------------------------------------------------------

@@ -112,9 +112,8 @@ def with_weights(model: nn.Module, x: Inputs) -> Call:
     weights, ids, labels = split(x)
     weights = as_naive(weights)
     named = {n: weights[next(iter(as_naive({n: p})))] for n, p in model.named_parameters()}
-    model.to(
-        ids.device
-    ).train()  # buffers too; without dropout it is the same, and all is in the graph
+    # buffers too; without dropout training is the same, and all is in the graph
+    model.to(ids.device).train()
     call = torch.func.functional_call
     return lambda: call(model, named, (ids,), {"labels": labels}).loss
 
