@@ -5,37 +5,45 @@
 
 Every norm takes its residual and dropout in one pass, the first dense of the MLP leaves its bias to
 the activation, fused where that is a gelu, and attention is fused unless its weights are asked for.
-Parameters are named as transformers names them.
+Parameters are named as transformers names them. With skip_padding, layers see the tokens that
+attention_mask keeps and nothing else: (total, E) in place of (B, S, E).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import LayerNorm
+from ..ops.attention import attention_varlen
 from ..ops.checks import is_tensor
 from ..ops.cross_entropy import cross_entropy
 from .checkpoint import Config, PretrainedModel
 from .layers import (
     ACTIVATIONS,
+    Packing,
     activate,
     attend,
     attention_mask_of,
     class_labels,
     embedded,
     look_up,
+    packed,
+    packing_of,
+    padded,
 )
 from .output import ModelOutput, exported
 
 
 @dataclass
 class BertConfig(Config):
-    """transformers' BertConfig."""
+    """transformers' BertConfig, and skip_padding: compute the tokens that attention_mask (B, S) keeps,
+    wherever they stand, and no others. Results at padding, which transformers fills with numbers of no
+    meaning, are then 0. It needs the weights of attention to be left alone, and no fullgraph=True."""
 
     model_type: ClassVar[str] = "bert"
     only: ClassVar[dict[str, Any]] = {
@@ -62,6 +70,7 @@ class BertConfig(Config):
     eos_token_id: int | list[int] | None = None
     classifier_dropout: float | None = None
     tie_word_embeddings: bool = True
+    skip_padding: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +106,15 @@ class HeadOutput(ModelOutput):
     logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+class Context(NamedTuple):
+    """What a pass tells every layer. mask: of attention_mask_of; weights: a list that gets them; packing:
+    of x (total, E), which then needs no mask."""
+
+    mask: Tensor | None
+    weights: list[Tensor] | None = None
+    packing: Packing | None = None
 
 
 class BertEmbeddings(nn.Module):
@@ -142,14 +160,18 @@ class BertSelfAttention(nn.Module):
         self.heads, self.dropout_p = config.num_attention_heads, config.attention_probs_dropout_prob
         self.query, self.key, self.value = nn.Linear(E, E), nn.Linear(E, E), nn.Linear(E, E)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, weights: list[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = (
-            dense(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, S, D), a view
+            dense(x).unflatten(-1, (self.heads, -1))  # (B, S, H, D) or (total, H, D)
             for dense in (self.query, self.key, self.value)
         )
         dropout_p = self.dropout_p if self.training else 0.0
+        mask, weights, packing = context
+        if packing is not None:
+            _, at, longest, _ = packing
+            out = attention_varlen(q, k, v, at, at, longest, longest, dropout_p=dropout_p)
+            return out.flatten(1)  # (total, E)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, S, D), views
         out = attend(q, k, v, mask, dropout_p=dropout_p, weights=weights)
         return out.transpose(1, 2).flatten(2)  # (B, S, E)
 
@@ -174,10 +196,8 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertResidual(config.hidden_size, config)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, weights: list[Tensor] | None = None
-    ) -> Tensor:
-        return self.output(self.self(x, mask, weights), residual=x)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.output(self.self(x, context), residual=x)
 
 
 class BertIntermediate(nn.Module):
@@ -198,10 +218,8 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertResidual(config.intermediate_size, config)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, weights: list[Tensor] | None = None
-    ) -> Tensor:
-        x = self.attention(x, mask, weights)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = self.attention(x, context)
         return self.output(self.intermediate(x), residual=x)
 
 
@@ -261,19 +279,33 @@ class BertModel(BertPretrained):
         output_attentions needs the whole (S, S) weights, and computes them. Switches left None are the
         config's; return_dict=False gives a tuple of what is not None."""
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, S, E)
-        (B, S), H = x.shape[:2], self.config.num_attention_heads
-        mask = attention_mask_of("BertModel", attention_mask, B, H, S, S)
-        weights: list[Tensor] | None = (
-            [] if self.switch("output_attentions", output_attentions) else None
-        )
+        context = self.context(x, attention_mask, output_attentions)
+        x = packed(x, context.packing)  # (B, S, E) or (total, E)
         states = [x]
         for layer in self.encoder.layer:
-            x = layer(x, mask, weights)
+            x = layer(x, context)
             states.append(x)
+        x = padded(x, context.packing)
+        kept = None
+        if self.switch("output_hidden_states", output_hidden_states):
+            kept = tuple(padded(state, context.packing) for state in states)
         pooled = self.pooler(x) if self.pooler is not None else None
-        kept = tuple(states) if self.switch("output_hidden_states", output_hidden_states) else None
-        attentions = None if weights is None else tuple(weights)
+        attentions = None if context.weights is None else tuple(context.weights)
         return self.returned(BertOutput(x, pooled, kept, attentions), return_dict)
+
+    def context(
+        self, x: Tensor, attention_mask: Tensor | None, output_attentions: bool | None
+    ) -> Context:
+        (B, S), H = x.shape[:2], self.config.num_attention_heads
+        mask = attention_mask_of("BertModel", attention_mask, B, H, S, S)
+        wanted = self.switch("output_attentions", output_attentions)
+        packing = packing_of("BertModel", mask, (B, S)) if self.config.skip_padding else None
+        if packing is not None and wanted:
+            raise ValueError(
+                "BertModel: output_attentions and skip_padding do not go together: weights of (S, S) have "
+                "rows and columns of padding"
+            )
+        return Context(mask, [] if wanted else None, packing)
 
 
 # ---- heads ------------------------------------------------------------------------------------
@@ -326,14 +358,23 @@ class BertHead(BertPretrained):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states, return_dict=True,
         )  # fmt: skip
-        logits = self.logits(out)
+        logits = self.logits(out, attention_mask)
         loss = None if labels is None else self.loss(logits, labels)
         return self.returned(
             HeadOutput(loss, logits, out.hidden_states, out.attentions), return_dict
         )
 
-    def logits(self, out: BertOutput) -> Tensor:
+    def logits(self, out: BertOutput, attention_mask: Tensor | None) -> Tensor:
         raise NotImplementedError
+
+    def of_tokens(self, head: nn.Module, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """head(x) of x (B, S, E), padding skipped where the encoder skips it."""
+        if not self.config.skip_padding:
+            return head(x)
+        (B, S), H = x.shape[:2], self.config.num_attention_heads
+        mask = attention_mask_of("BertModel", attention_mask, B, H, S, S)
+        packing = packing_of("BertModel", mask, (B, S))
+        return padded(head(packed(x, packing)), packing)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """A class for each token: labels (B, S) int, -100 where it has none; logits (B, S, classes)."""
@@ -361,8 +402,9 @@ class BertForMaskedLM(BertHead):
         else:  # in transformers' files there is one, which nothing uses
             predictions.bias = nn.Parameter(torch.zeros_like(predictions.decoder.bias))
 
-    def logits(self, out: BertOutput) -> Tensor:
-        return self.cls["predictions"](out.last_hidden_state)  # (B, S, V)
+    def logits(self, out: BertOutput, attention_mask: Tensor | None) -> Tensor:
+        head = self.cls["predictions"]
+        return self.of_tokens(head, out.last_hidden_state, attention_mask)  # (B, S, V)
 
 
 class BertForSequenceClassification(BertHead):
@@ -375,7 +417,7 @@ class BertForSequenceClassification(BertHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
         self.initialise(config)
 
-    def logits(self, out: BertOutput) -> Tensor:
+    def logits(self, out: BertOutput, attention_mask: Tensor | None) -> Tensor:
         return self.classifier(self.dropout(out.pooler_output))  # (B, num_labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -406,8 +448,9 @@ class BertForTokenClassification(BertHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
         self.initialise(config)
 
-    def logits(self, out: BertOutput) -> Tensor:
-        return self.classifier(self.dropout(out.last_hidden_state))  # (B, S, num_labels)
+    def logits(self, out: BertOutput, attention_mask: Tensor | None) -> Tensor:
+        x = self.dropout(out.last_hidden_state)
+        return self.of_tokens(self.classifier, x, attention_mask)  # (B, S, num_labels)
 
 
 def classifier_dropout(config: BertConfig) -> float:

@@ -6,7 +6,7 @@ owner is the name of the class that errors speak of.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,54 @@ def attention_mask_of(
             )
     mask = attention_mask.bool()
     return mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
+
+
+NO_COMPILED_PACKING = (
+    "skip_padding: how many tokens a mask keeps is data, so they are found outside of compiled graphs: "
+    "compile without fullgraph=True, or set skip_padding to False"
+)
+
+
+class Packing(NamedTuple):
+    """Where the tokens of a padded batch are. places: (total,) int64 among B * S, in order; cu_seqlens:
+    (B + 1,) int32 of sequences without their padding, which may be empty; longest: of their lengths."""
+
+    places: Tensor
+    cu_seqlens: Tensor
+    longest: int
+    shape: tuple[int, int]
+
+
+@torch.compiler.disable(reason=NO_COMPILED_PACKING)
+def packing_of(owner: str, mask: Tensor | None, shape: tuple[int, int]) -> Packing | None:
+    """Of a mask of attention_mask_of that says who is padding; None without one. A GPU is waited for."""
+    if mask is None:
+        return None
+    B, S = shape
+    if mask.dtype != torch.bool or mask.shape != (B, 1, 1, S):
+        raise ValueError(
+            f"{owner}: skip_padding needs an attention_mask of (B, S) = {shape}, 1 for a token and 0 for "
+            f"padding, got one of {tuple(mask.shape)}, which may say more than that; set skip_padding to "
+            "False"
+        )
+    kept = mask.view(B, S)
+    lengths = kept.sum(1, dtype=torch.int32)
+    cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max()) if B else 0
+    return Packing(kept.flatten().nonzero()[:, 0], cu_seqlens, longest, shape)
+
+
+def packed(x: Tensor, packing: Packing | None) -> Tensor:
+    """The tokens (total, ...) of x (B, S, ...); x itself without a packing."""
+    return x if packing is None else x.flatten(0, 1).index_select(0, packing.places)
+
+
+def padded(x: Tensor, packing: Packing | None) -> Tensor:
+    """(B, S, ...) of tokens x (total, ...), 0 at padding; x itself without a packing."""
+    if packing is None:
+        return x
+    B, S = packing.shape
+    return x.new_zeros(B * S, *x.shape[1:]).index_copy(0, packing.places, x).unflatten(0, (B, S))
 
 
 def reads_data(x: Tensor) -> bool:
