@@ -138,15 +138,14 @@ FA_INLINE void few_columns(
       store(at, fma(load(at), splat(alpha[r]), sums[r][c]));
     }
 }
-template <int R, class T>
+// All columns, from c on. C sums run side by side: one alone would wait for itself at every key.
+template <int R, int C, class T>
 FA_INLINE void few_out(
-    Tile<T> values, int64_t n, const Weights& weights, const float* alpha, float* out, int64_t Dv) {
-  constexpr int C = kLanes / R < 8 ? kLanes / R : 8;
-  int64_t c = 0;
+    Tile<T> values, int64_t n, const Weights& weights, const float* alpha, float* out, int64_t Dv,
+    int64_t c = 0) {
   for (; c + C * kLanes <= Dv; c += C * kLanes)
     few_columns<R, C>(values.data + c, values.stride, n, weights, alpha, out + c, Dv);
-  for (; c < Dv; c += kLanes)
-    few_columns<R, 1>(values.data + c, values.stride, n, weights, alpha, out + c, Dv);
+  if constexpr (C > 1) few_out<R, C / 2>(values, n, weights, alpha, out, Dv, c);
 }
 
 // Scores of one row, a multiple of kLanes of them, become weights; returns alpha.
@@ -198,7 +197,7 @@ static __attribute__((noinline)) void attend_few(
           state->row_sum + r);
   for_rows(block.rows, [&](auto R, int r) __attribute__((always_inline)) {
     const Weights mine{weights.data + r * weights.row, weights.row, weights.key};
-    few_out<R>(values, n, mine, alpha + r, out + r * args.Dv, args.Dv);
+    few_out<R, kLanes / 2 / R>(values, n, mine, alpha + r, out + r * args.Dv, args.Dv);
   });
 }
 
