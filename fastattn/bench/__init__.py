@@ -100,7 +100,9 @@ def measured(workload: Workload, *arguments: Any) -> tuple[list[Row], list[Absen
         return measure(workload, *arguments)
     except RuntimeError as error:
         naive = next(c for c in workload.contestants if c.name == NAIVE)
-        return [], [missing(workload, naive, f"nobody is judged: {first_line(error)}", wrong=True)]
+        return [], [
+            missing(workload, naive.name, f"nobody is judged: {first_line(error)}", wrong=True)
+        ]
 
 
 def in_turns(chosen: Sequence[Workload]) -> list[Workload]:

@@ -12,9 +12,11 @@ import ctypes
 import gc
 import math
 import random
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from .peers import first_line
 from .workload import DIRECTIONS, NAIVE, OURS, Call, Contestant, Inputs, Workload
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
+LONG, LONG_ROUNDS = 20.0, 2  # where a round takes so many seconds, two must do
 SAMPLE = 2e-3  # seconds: shorter calls are repeated within a round until they take so long
 REFUSALS = Exception  # a library that cannot make a call, or a compiler behind it, raises anything
 
@@ -158,20 +161,27 @@ def give_back_freed_memory() -> None:
 # ---- right or wrong -----------------------------------------------------------------------------
 
 
-def judged(workload: Workload) -> Iterator[tuple[Contestant, float | str]]:
-    """Every contestant with its error over the allowance, or its reason for not taking part."""
+class Judged(NamedTuple):
+    """error: over the allowance, or the reason for not taking part. seconds: of the call that was judged."""
+
+    contestant: Contestant
+    error: float | str
+    seconds: float
+
+
+def judged(workload: Workload) -> Iterator[Judged]:
     inputs = workload.inputs(judged=True)
     truth, naive = (outcome(workload, naive_of(workload), inputs, exact) for exact in (True, False))
     for contestant in workload.contestants:
+        start = time.perf_counter()
         try:
             found = outcome(workload, contestant, inputs)
-        except REFUSALS as error:
-            yield contestant, first_line(error)
+        except REFUSALS as reason:
+            yield Judged(contestant, first_line(reason), 0.0)
             continue
-        yield (
-            contestant,
-            max(ratio(found[n], truth[n], naive[n], workload.dtype) for n in found),
-        )
+        seconds = time.perf_counter() - start
+        worst = max(ratio(found[n], truth[n], naive[n], workload.dtype) for n in found)
+        yield Judged(contestant, worst, seconds)
 
 
 def naive_of(workload: Workload) -> Contestant:
@@ -198,42 +208,47 @@ def outcome(
 
 def measure(
     workload: Workload, clock: Clock, budget: float, tell: Callable[[str], None] = lambda what: None,
-    meter: Meter | None = None,
+    meter: Meter | None = None, unwanted: Callable[[Sequence[Judged]], dict[str, str]] = lambda right: {},
 ) -> tuple[list[Row], list[Absent]]:  # fmt: skip
     """Rows and absences of one workload. budget: seconds that each direction's rounds may take. meter: of
-    energy."""
+    energy. unwanted: of those who are right, who need not be timed, and why."""
     tell("judging")
     absent, right = [], {}
-    for contestant, found in judged(workload):
-        if isinstance(found, str):
-            absent.append(missing(workload, contestant, found, wrong=contestant.name == OURS))
-        elif not found <= 1:
-            reason = f"wrong, and so not timed: {found:.3g} times the allowed error"
-            absent.append(missing(workload, contestant, reason, wrong=True))
+    for found in judged(workload):
+        name = found.contestant.name
+        if isinstance(found.error, str):
+            absent.append(missing(workload, name, found.error, wrong=name == OURS))
+        elif not found.error <= 1:
+            reason = f"wrong, and so not timed: {found.error:.3g} times the allowed error"
+            absent.append(missing(workload, name, reason, wrong=True))
         else:
-            right[contestant.name] = (contestant, found)
+            right[name] = found
+    for name, reason in unwanted(list(right.values())).items():
+        absent.append(missing(workload, name, reason))
+        del right[name]
     inputs = on_device(workload)
     rows = []
     for direction in workload.directions:
         tell(direction)
-        entrants = ready(workload, direction, [c for c, _ in right.values()], inputs, clock, absent)
+        contestants = [found.contestant for found in right.values()]
+        entrants = ready(workload, direction, contestants, inputs, clock, absent)
         times = take_turns(entrants, budget)
         for name, entrant in entrants.items():
             weighs = entrant.contestant.weighs
             peak = entrant.peak(workload.device) if weighs else None
-            row = as_row(workload, direction, name, times, peak, right[name][1])
+            row = as_row(workload, direction, name, times, peak, float(right[name].error))
             row.joules = entrant.joules(meter) if meter else None
             rows.append(row)
     return rows, absent
 
 
 def missing(
-    workload: Workload, contestant: Contestant, reason: str, wrong: bool = False,
+    workload: Workload, name: str, reason: str, wrong: bool = False,
     directions: tuple[str, ...] | None = None,
 ) -> Absent:  # fmt: skip
     return Absent(
-        workload.family, workload.case, workload.sizes, dtype_name(workload), contestant.name, reason,
-        wrong, directions or workload.directions,
+        workload.family, workload.case, workload.sizes, dtype_name(workload), name, reason, wrong,
+        directions or workload.directions,
     )  # fmt: skip
 
 
@@ -256,14 +271,17 @@ def ready(
     entrants = {}
     for contestant in contestants:
         if direction != "forward" and not contestant.backward:
-            absent.append(missing(workload, contestant, "forward only", directions=(direction,)))
+            absent.append(
+                missing(workload, contestant.name, "forward only", directions=(direction,))
+            )
             continue
         try:
             entrant = Entrant(contestant, contestant.bind(inputs), direction, leaves, clock)
             entrant.sample()
         except REFUSALS as error:
             wrong = contestant.name == OURS
-            absent.append(missing(workload, contestant, first_line(error), wrong, (direction,)))
+            reason = first_line(error)
+            absent.append(missing(workload, contestant.name, reason, wrong, (direction,)))
             continue
         entrants[contestant.name] = entrant
     return entrants
@@ -276,7 +294,8 @@ def take_turns(entrants: dict[str, Entrant], budget: float) -> dict[str, list[fl
         seconds = entrant.sample()
         entrant.repeats = max(1, min(1000, math.ceil(SAMPLE / max(seconds, 1e-9))))
         cost += seconds * entrant.repeats
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(cost, 1e-9))))
+    least = LONG_ROUNDS if cost > LONG else MIN_ROUNDS
+    rounds = max(least, min(MAX_ROUNDS, int(budget / max(cost, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in entrants}
     order, shuffle = list(entrants), random.Random(0).shuffle
     for _ in range(rounds):

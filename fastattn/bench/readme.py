@@ -42,7 +42,9 @@ def of(file: str, results: Results) -> str:
         reproduce(file, results),
         "Times as long as fastattn that each took, so that over 1 is slower: the geometric mean over the "
         "shapes of a family, from rounds in which all took turns.",
+        target_table(results),
         summary_table(results),
+        growth_table(results),
         *shown_pictures(file, results),
         *(
             details(f"{family}, {dtype}", family_table(results, family, dtype))
@@ -91,6 +93,47 @@ def summary_table(results: Results) -> str:
         for line in lines
     )
     return markdown(("family", "dtype", "direction", "shapes", *names), rows, words=3)
+
+
+def target_table(results: Results) -> str:
+    """Of a run of --targets: the mean and the least ratio to torch's best beside what was asked for."""
+    if not results.targets:
+        return ""
+    rows = (
+        (t["work"], t["dtype"], t["direction"], f"{t['target']:g}", ratio(t["mean"]), ratio(t["least"]),
+         "yes" if t["reached"] else "no")
+        for t in results.targets
+    )  # fmt: skip
+    heads = ("work", "dtype", "direction", "target", "times fastattn", "least", "reached")
+    return (
+        "Held against the fastest of torch's own ways, shape by shape:\n\n"
+        + markdown(heads, rows, words=3)
+        + "\n\nWhy a target is not reached, with figures, stands in "
+        "[benchmarks/LOG.md](benchmarks/LOG.md)."
+    )
+
+
+def growth_table(results: Results) -> str:
+    """The exponents of fastattn over at least a factor of 8 in S."""
+    rows = []
+    for g in results.growth():
+        lengths = [
+            row.sizes["S"]
+            for row in results.rows
+            if (row.family, row.case, row.contestant) == (g.family, g.case, OURS)
+            and row.sizes.items() >= g.sizes.items()
+        ]
+        if g.contestant != OURS or not lengths or max(lengths) < 8 * min(lengths):
+            continue
+        exponents = ("" if x is None else f"{x:.2f}" for x in (g.time, g.memory))
+        span = f"{min(lengths)} to {max(lengths)}"
+        rows.append(
+            (f"{g.family} {named(g.case, g.sizes)}", g.dtype, g.direction, span, *exponents)
+        )
+    if not rows:
+        return ""
+    heads = ("growth with S, exponent", "dtype", "direction", "S", "time", "memory")
+    return markdown(heads, rows, words=4)
 
 
 def family_table(results: Results, family: str, dtype: str) -> str:

@@ -45,7 +45,7 @@ def directions_shown(rows: Iterable[Row]) -> list[str]:
 
 
 def named(case: str, sizes: dict[str, int]) -> str:
-    return " ".join([case, sizes_text(sizes)])
+    return " ".join([case, sizes_text(sizes)]).rstrip()
 
 
 def digits(x: float) -> str:

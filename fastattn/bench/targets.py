@@ -1,12 +1,15 @@
 """How many times as long torch's best takes: what this library sets itself on a CPU, and what it gets.
 
 A target is a geometric mean over workloads of the ratio of torch's fastest contestant to fastattn's time;
-no single workload may be below 1 either. Everyone is judged before being timed, as ever.
+no single workload may be below 1 either. Two threads are held against one, and time and memory over long
+sequences show how they grow. Everyone is judged before being timed, as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import geometric_mean
 from typing import Any
@@ -17,7 +20,7 @@ from .ceiling import Clock, ceiling, device_clock
 from .families import activation, attention, decode, linear_cross_entropy, norm, softmax
 from .families import attention_features as features
 from .families import cross_entropy as losses
-from .harness import measure
+from .harness import Judged, measure
 from .results import Results, about
 from .workload import NAIVE, OURS, Setting, Workload
 
@@ -28,18 +31,22 @@ SHAPES = (
 )  # fmt: skip
 FEATURE_SHAPES = ((4, 12, 512), (1, 12, 1024))  # (B, H, S), D 64
 TORCHS = (NAIVE, "torch", "sdpa", "sdpa flash", "sdpa math", "sdpa padded")
+ONE_THREAD = "one thread"
+SLOW, SHORT = 5.0, 0.5  # times the fastest rival, seconds: who took longer when judged is not timed
 FP32, HALVES = (torch.float32,), (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Target:
-    """workloads: of a setting; `least` is the mean ratio that is asked for."""
+    """workloads: of a setting; `least` is the mean ratio that is asked for. threads: without so many it
+    means nothing."""
 
     work: str
     least: float
     direction: str
     workloads: Callable[[Setting], Iterable[Workload]] = field(repr=False)
     dtypes: tuple[torch.dtype, ...] = FP32
+    threads: int = 1
 
 
 def dense(setting: Setting) -> Iterable[Workload]:
@@ -58,6 +65,34 @@ def decoding(*shapes: tuple[int, ...]) -> Callable[[Setting], Iterable[Workload]
     return lambda setting: (decode.workload(setting, *shape) for shape in shapes)
 
 
+def over_one_thread(setting: Setting) -> Iterator[Workload]:
+    """fastattn against itself on one thread."""
+    for workload in dense(setting):
+        ours = next(c for c in workload.contestants if c.name == OURS)
+        alone = replace(ours, name=ONE_THREAD, context=one_thread)
+        yield replace(workload, contestants=(*workload.contestants, alone))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def long(setting: Setting) -> Iterator[Workload]:
+    """One head, whose growth with S is seen."""
+    for S in LENGTHS:
+        yield attention.workload(setting, 1, 1, S, 64, True)
+    for S in WINDOW_LENGTHS:
+        yield features.long_window(setting, S, 64)
+
+
+LENGTHS = tuple(2**k for k in range(10, 17))
+WINDOW_LENGTHS = tuple(2**k for k in (16, 18, 20))
 LONG = ((1, 16, 16, 4096, 128), (4, 32, 8, 4096, 128), (1, 12, 12, 1024, 64))
 EIGHT_TO_ONE = (1, 32, 4, 4096, 128)
 TARGETS = (
@@ -71,7 +106,7 @@ TARGETS = (
     Target("value narrower than key", 3, "both", featured("narrow values", Dv=128, D=192)),
     Target("window of 256", 6, "both", one(features.workload, "window", 1, 12, 4096, 64, 64)),
     Target("packed, over padded", 3, "both", one(features.packed, 12, 512, 64)),
-    Target("few heads", 1.8, "both", one(attention.workload, 1, 2, 4096, 64, False)),
+    Target("few heads", 1.8, "both", one(attention.workload, 1, 2, 4096, 64, False), threads=2),
     Target("decode", 1.8, "forward", decoding(*LONG)),
     Target("decode", 9, "forward", decoding(*LONG, EIGHT_TO_ONE), (torch.bfloat16,)),
     Target("layer_norm", 1.15, "forward", one(norm.workload, "layer_norm", 4096, 768)),
@@ -88,13 +123,30 @@ TARGETS = (
     Target("bias and gelu tanh", 5, "forward", one(activation.workload, "gelu tanh bias", 2048, 3072)),
     Target("swiglu", 3, "forward", one(activation.workload, "swiglu", 2048, 3072)),
     Target("a tiny call", 1, "forward", one(attention.workload, 1, 12, 16, 64, False)),
+    Target("two threads over one", 1.85, "both", over_one_thread, threads=2),
 )  # fmt: skip
+GROWTH = "growth"  # of time and memory over S, a word like those of the targets
 
 
 def against_torch(workload: Workload, direction: str) -> Workload:
-    """With torch's own ways alone beside fastattn."""
-    named = tuple(c for c in workload.contestants if c.name in (OURS, *TORCHS))
+    """With torch's own ways alone beside fastattn, or itself on one thread."""
+    rivals = (ONE_THREAD,) if any(c.name == ONE_THREAD for c in workload.contestants) else TORCHS
+    named = tuple(c for c in workload.contestants if c.name in (OURS, NAIVE, *rivals))
     return replace(workload, contestants=named, directions=(direction,))
+
+
+def far_behind(right: Sequence[Judged]) -> dict[str, str]:
+    """Who took much longer than another rival already when judged: only the fastest one counts. Naive,
+    which is there to judge by, does not count against one thread."""
+    rivals = [found for found in right if found.contestant.name != OURS]
+    if any(found.contestant.name == ONE_THREAD for found in rivals):
+        return {NAIVE: "it is there to judge by"}
+    best = min((found.seconds for found in rivals), default=0.0)
+    return {
+        found.contestant.name: f"judged, it took {found.seconds / best:.0f} times as long as the best"
+        for found in rivals
+        if found.seconds > max(SLOW * best, SHORT)
+    }
 
 
 def run_targets(
@@ -103,26 +155,42 @@ def run_targets(
     seconds: float = 2.0,
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Results:
-    """Those whose work has one of these words in it, or all. seconds: of rounds, a workload."""
+    """Those whose work has one of these words in it, or all; GROWTH too. seconds: of rounds, a workload."""
+    start = time.perf_counter()
     chosen = [
         (target, dtype) for target in TARGETS for dtype in target.dtypes
-        if not words or any(word in target.work for word in words)
+        if (not words and target.threads <= torch.get_num_threads())
+        or any(word in target.work for word in words)
     ]  # fmt: skip
-    if not chosen:
+    growth = list(long(Setting(torch.float32))) if not words or GROWTH in words else []
+    if not chosen and not growth:
         raise ValueError(f"no target has any of these words in it: {', '.join(words)}")
     clock = device_clock("cpu")
     results = Results(about=about("cpu", quick=False))
-    typed = " ".join(f'"{w}"' if " " in w else w for w in words)
-    results.about["command"] = (
-        f"fastattn bench --targets {typed} --threads {torch.get_num_threads()}"
-    )
+    results.about["command"] = command(words)
+    dtypes = [dtype for _, dtype in chosen] or [torch.float32]
+    results.ceilings = {name_of(dtype): ceiling("cpu", dtype) for dtype in dict.fromkeys(dtypes)}
+    steps = len(chosen) + len(growth)
     for at, (target, dtype) in enumerate(chosen):
-        name = str(dtype).removeprefix("torch.")
-        progress(f"{target.work}, {name}", at / len(chosen))
-        if name not in results.ceilings:
-            results.ceilings[name] = ceiling("cpu", dtype)
+        progress(f"{target.work}, {name_of(dtype)}", at / steps)
         results.targets.append(reach(target, dtype, clock, seconds, results))
+    for at, workload in enumerate(growth, len(chosen)):
+        progress(workload.name, at / steps)
+        rows, absent = measure(against_torch(workload, "both"), clock, seconds, unwanted=far_behind)
+        results.rows += rows
+        results.absent += absent
+    results.about["seconds"] = round(time.perf_counter() - start)
     return results
+
+
+def command(words: Sequence[str]) -> str:
+    """What one types to make the same run."""
+    quoted = [f'"{word}"' if " " in word else word for word in words]
+    return " ".join(["fastattn bench --targets", *quoted, f"--threads {torch.get_num_threads()}"])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def reach(
@@ -131,13 +199,14 @@ def reach(
     """Adds the target's rows to results. mean and least: of fastattn's ratios to torch's best."""
     ratios: list[float] = []
     for workload in target.workloads(Setting(dtype)):
-        rows, absent = measure(against_torch(workload, target.direction), clock, seconds)
+        versus = against_torch(workload, target.direction)
+        rows, absent = measure(versus, clock, seconds, unwanted=far_behind)
         results.rows += rows
         results.absent += absent
         ratios += [min(row.ratios.values()) for row in rows if row.contestant == OURS]
     mean, least = (geometric_mean(ratios), min(ratios)) if ratios else (0.0, 0.0)
     return {
-        "work": target.work, "dtype": str(dtype).removeprefix("torch."), "direction": target.direction,
+        "work": target.work, "dtype": name_of(dtype), "direction": target.direction,
         "target": target.least, "mean": mean, "least": least,
         "reached": mean >= target.least and least >= 1,
     }  # fmt: skip

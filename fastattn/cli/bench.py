@@ -35,7 +35,9 @@ WIDTH = 160  # of a table that no terminal shows
 def bench(
     family: Annotated[
         list[str] | None,
-        typer.Argument(help=f"Of {', '.join(FAMILIES)}, or words of --targets; else all."),
+        typer.Argument(
+            help=f"Of {', '.join(FAMILIES)}, or words of --targets and growth; else all."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where tensors lie.")] = "cpu",
     dtype: Annotated[

@@ -158,7 +158,7 @@ CALLS = [
 @pytest.mark.parametrize("family, make, names", CALLS)
 def test_peers_are_called_as_they_ask_to_be(family, make, names, installed):
     file = importlib.import_module(f"fastattn.bench.families.{family}")
-    found = {c.name: error for c, error in judged(make(file))}
+    found = {c.name: error for c, error, _ in judged(make(file))}
     for name in names:
         assert found[name] <= 1, found[name]
     assert found["fastattn"] <= 1 and found["naive"] <= 1  # nobody wrote over their inputs
@@ -197,7 +197,7 @@ def test_a_gpu_s_sdpa_is_asked_backend_by_backend():
         "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
     }  # fmt: skip
     small = attention_family.workload(SETTING, 1, 2, 20, 16, True)
-    told = {c.name: error for c, error in judged(small)}
+    told = {c.name: error for c, error, _ in judged(small)}
     assert told["sdpa math"] <= 1 and told["sdpa flash"] <= 1
     # here as on a GPU that lacks one: a reason, and the others go on
     assert "No viable backend" in told["sdpa cudnn"] or "No available kernel" in told["sdpa cudnn"]

@@ -1,6 +1,7 @@
 """The README's section on performance says what the runs in results/ say, and nothing else."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def test_committed_runs_say_how_they_were_made():
 
 def test_a_run_becomes_text(results):
     text = performance([("results/mine.json", results)])
+    assert "asked for" not in text and "growth with S" not in text
     assert "fastattn bench double --threads 3 --save mine.json" in text
     assert "fastattn bench --compare results/mine.json mine.json" in text
     for words in (
@@ -98,3 +100,15 @@ def test_a_readme_without_a_place_for_it(run_file, tmp_path):
     done = CliRunner().invoke(app, ["plot", str(run_file), "--readme", str(readme)])
     assert done.exit_code == 2 and "has no lines <!-- performance: ... -->" in done.stderr
     assert readme.read_text() == "nothing"
+
+
+def test_targets_and_growth_become_tables(results):
+    target = {
+        "work": "double", "dtype": "float32", "direction": "both", "target": 1.8, "mean": 2.34, "least": 0.9,
+        "reached": False,
+    }  # fmt: skip
+    rows = [replace(row, sizes={**row.sizes, "S": row.sizes["S"] ** 2}) for row in results.rows]
+    text = performance([("results/mine.json", replace(results, rows=rows, targets=[target]))])
+    assert "| double | float32 | both | 1.8 | 2.34 | 0.90 | no |" in text
+    assert "| double plain | float32 | forward | 16 to 256 | 0.00 |  |" in text
+    assert "growth with S" not in performance([("results/mine.json", results)])

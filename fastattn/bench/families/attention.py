@@ -31,7 +31,7 @@ from ..workload import (
     direct,
 )
 
-JUDGED_ROWS = 4096  # queries at a time of the truth, whose scores are fp64
+JUDGED_SCORES = 2**26  # of the truth, at a time: half a gigabyte in fp64
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor, causal: bool, first: int = 0) -> Tensor:
@@ -46,11 +46,12 @@ def naive(query: Tensor, key: Tensor, value: Tensor, causal: bool, first: int = 
 def naive_in_parts(x: Inputs, causal: bool) -> Tensor:
     """The same, some queries at a time and forgotten in between."""
     query, key, value = x["query"], x["key"], x["value"]
-    if query.shape[2] <= JUDGED_ROWS:
+    at_once = JUDGED_SCORES // key.shape[2]
+    if query.shape[2] <= at_once:
         return naive(query, key, value, causal)
     parts = [
-        checkpoint(naive, rows, key, value, causal, at * JUDGED_ROWS, use_reentrant=False)
-        for at, rows in enumerate(query.split(JUDGED_ROWS, 2))
+        checkpoint(naive, rows, key, value, causal, at * at_once, use_reentrant=False)
+        for at, rows in enumerate(query.split(at_once, 2))
     ]
     return torch.cat(parts, 2)
 

@@ -20,7 +20,7 @@ from ..workload import NAIVE, OURS, Call, Contestant, Cost, Inputs, Setting, Wor
 from .attention import with_room
 
 NAMES = ("query", "key", "value")
-WINDOW = 256
+WINDOW, LONG_WINDOW = 256, 4096
 LENGTHS = (512, 64, 128, 320, 32, 448, 96, 192)  # of the packed sequences, times S / 512
 
 
@@ -109,6 +109,30 @@ def workload(setting: Setting, case: str, B: int, H: int, S: int, D: int, Dv: in
         "attention_features", case, {"B": B, "H": H, "S": S, "D": D, "Dv": Dv}, setting.dtype,
         setting.device, Cost(flops, 2 * tensor + size, 2.5 * flops, 4 * tensor + 2 * size), "flops",
         make, tuple(contestants), make_judged=lambda: make(1, 2),
+    )  # fmt: skip
+
+
+def long_window(setting: Setting, S: int, D: int) -> Workload:
+    """One head of a sequence so long that only a window of it can be looked at: nobody else has a word for
+    it. Judged where it is 8192 long."""
+
+    def make(S: int = S) -> Inputs:
+        return {n: torch.randn(1, 1, S, D, dtype=torch.float64) for n in NAMES}
+
+    def banded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        back = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+        return naive(query, key, value, mask=(back >= 0) & (back <= LONG_WINDOW))
+
+    tensor = S * D * setting.dtype.itemsize
+    flops = 4.0 * D * (S * (LONG_WINDOW + 1) - LONG_WINDOW * (LONG_WINDOW + 1) / 2)
+    return Workload(
+        "attention_features", f"window {LONG_WINDOW}", {"B": 1, "H": 1, "S": S, "D": D}, setting.dtype,
+        setting.device, Cost(flops, 4 * tensor, 2.5 * flops, 8 * tensor), "flops", make,
+        (
+            Contestant(OURS, direct(fa.attention, causal=True, window=(LONG_WINDOW, 0))),
+            Contestant(NAIVE, with_room(setting, direct(banded))),
+        ),
+        make_judged=lambda: make(8192),
     )  # fmt: skip
 
 
