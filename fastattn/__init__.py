@@ -1,5 +1,14 @@
 """fastattn: fused attention, normalisation, softmax and cross-entropy for PyTorch."""
 
+from .integrations.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
 from .ops import cpu as _cpu  # noqa: F401  (registers the C++ kernels)
 from .ops import cuda as _cuda  # noqa: F401  (registers the CUDA kernels)
 from .ops import triton as _triton  # noqa: F401  (registers the Triton kernels)
@@ -26,6 +35,13 @@ __all__ = [
     "backends",
     "cross_entropy",
     "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "geglu",
     "gelu",
     "layer_norm",

@@ -1,4 +1,5 @@
-"""Imports go one way: kernels <- emulate <- registry <- ops <- nn <- models <- verify <- train, bench <- cli."""
+"""Imports go one way: kernels <- emulate <- registry <- ops <- nn <- models <- integrations <- verify <- train,
+bench <- cli."""
 
 import ast
 from pathlib import Path
@@ -13,6 +14,7 @@ LAYERS = [
     "ops",
     "nn",
     "models",
+    "integrations",
     "verify",
     "train",
     "bench",

@@ -373,14 +373,6 @@ def attention_decode(
         raise ValueError(
             f"{name}: query and cache disagree on B: {checks.described(query=query)}, {cache!r}"
         )
-    if cache.page_table is None:
-        key, value = cache.key, cache.value
-    else:  # what a dense cache of this table would look like, for the checks: no memory is made
-        B = len(cache.page_table)
-        key, value = (
-            x[:1, :1].transpose(1, 2).expand(B, -1, cache.max_length, -1)
-            for x in (cache.key, cache.value)
-        )
     options = Options(
         causal,
         window,
@@ -394,19 +386,51 @@ def attention_decode(
         scale,
         return_lse,
     )
-    if backend is None and cache.page_table is None and asks_nothing(options):
-        out = inference.attend(query, key, value, causal, cache.lengths)
-        if out is not None:
-            return out
-    tensors, spec = prepare(name, query, key, value, options)
-    if cache.page_table is not None:
-        width = cache.page_table.shape[1] * cache.key.shape[1]
-        mask, bias = (as_wide_as_pages(x, width) for x in (tensors.mask, tensors.bias))
-        tensors = tensors._replace(
-            key=cache.key, value=cache.value, mask=mask, bias=bias, page_table=cache.page_table
+    if cache.page_table is None:
+        if backend is None and asks_nothing(options):
+            out = inference.attend(query, cache.key, cache.value, causal, cache.lengths)
+            if out is not None:
+                return out
+        tensors, spec = prepare(name, query, cache.key, cache.value, options)
+        out, lse, _ = run(name, tensors, spec._replace(diagonal_at_length=True), None, backend)
+    else:
+        out, lse = attend_pages(
+            name,
+            query,
+            cache.key,
+            cache.value,
+            cache.page_table,
+            options,
+            cache.max_length,
+            backend,
         )
-    out, lse, _ = run(name, tensors, spec._replace(diagonal_at_length=True), None, backend)
     return (out, lse) if return_lse else out
+
+
+def attend_pages(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    page_table: Tensor,
+    options: Options,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) over options.key_lengths tokens of pages (pages, page_size, Hkv, D), the last query at the
+    last of them. mask and bias reach max_length tokens; None: all that page_table has room for."""
+    width = page_table.shape[1] * key.shape[1]
+    # what a dense cache of this table would look like, for the checks: no memory is made
+    like_key, like_value = (
+        x[:1, :1].transpose(1, 2).expand(len(page_table), -1, max_length or width, -1)
+        for x in (key, value)
+    )
+    tensors, spec = prepare(name, query, like_key, like_value, options)
+    mask, bias = (as_wide_as_pages(x, width) for x in (tensors.mask, tensors.bias))
+    key, value = (x.to(tensors.query.dtype) for x in (key, value))  # autocast's, if it is on
+    tensors = tensors._replace(key=key, value=value, mask=mask, bias=bias, page_table=page_table)
+    out, lse, _ = run(name, tensors, spec._replace(diagonal_at_length=True), None, backend)
+    return out, lse
 
 
 def as_wide_as_pages(x: Tensor | None, width: int) -> Tensor | None:
