@@ -19,7 +19,7 @@ Tensor gelu_fwd(const Tensor& x_any, const OptionalTensor& bias_any, bool tanh) 
   const OnDevice on(x_any);
   const Tensor x = with_contiguous_rows(x_any);
   const OptionalTensor bias = with_contiguous_rows(beside(x_any, bias_any));
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = fresh(x, x.sizes());
   GeluArgs args = gelu_args(x, bias, tanh);
   args.y = result_map(y);
   kernels().gelu_fwd(args);
@@ -61,7 +61,7 @@ static GluArgs glu_args(const Tensor& gate, const Tensor& up, bool gelu, bool ta
 Tensor glu_fwd(const Tensor& gate_any, const Tensor& up_any, bool gelu, bool tanh) {
   const OnDevice on(gate_any);
   const Tensor gate = with_contiguous_rows(gate_any), up = with_contiguous_rows(up_any);
-  Tensor y = torch::stable::new_empty(gate, gate.sizes());
+  Tensor y = fresh(gate, gate.sizes());
   GluArgs args = glu_args(gate, up, gelu, tanh);
   args.y = result_map(y);
   kernels().glu_fwd(args);

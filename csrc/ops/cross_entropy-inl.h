@@ -62,7 +62,7 @@ static void write_gradient(
 Tensor cross_entropy_bwd(
     const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse,
     int64_t ignore_index, double smoothing, double z_loss) {
-  Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
+  Tensor dlogits = fresh(logits, logits.sizes());
   write_gradient(dloss, logits, target, lse, ignore_index, smoothing, z_loss, dlogits);
   return dlogits;
 }

@@ -19,7 +19,7 @@ static MatmulArgs matmul_args(const Tensor& a, const Tensor& b, const Tensor& ou
 }
 
 Tensor matmul(const Tensor& a, const Tensor& b, const OptionalTensor& bias_any) {
-  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
+  Tensor out = fresh(a, {a.size(0), b.size(1)});
   const OptionalTensor bias = bias_any ? OptionalTensor(fp32(*bias_any)) : OptionalTensor();
   MatmulArgs args = matmul_args(a, b, out);
   if (bias) args.bias = read<float>(*bias);

@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(
   NormArgs args = norm_args(x, residual, weight, bias, philox, rms, eps, weight_offset, dropout_p);
 
   const auto leading = x.sizes().slice(0, x.dim() - 1);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  Tensor summed = return_residual ? torch::stable::new_empty(residual ? *residual : x, x.sizes())
+  Tensor y = fresh(x, x.sizes());
+  Tensor summed = return_residual ? fresh(residual ? *residual : x, x.sizes())
                                   : torch::stable::new_empty(x, {0});
   Tensor rstd = torch::stable::new_empty(x, leading, ScalarType::Float);
   Tensor mean = rms ? torch::stable::new_empty(x, {0}, ScalarType::Float)

@@ -19,7 +19,7 @@ Tensor softmax_fwd(const Tensor& x, const OptionalTensor& mask_any, bool causal,
   const OnDevice on(x);
   const Tensor rows = torch::stable::contiguous(x);
   const OptionalTensor mask = with_row_map(mask_any);
-  Tensor y = torch::stable::empty_like(rows);
+  Tensor y = fresh_like(rows);
   SoftmaxArgs args = softmax_args(rows, causal, scale);
   args.out = write(y);
   args.mask = row_map(mask);
@@ -30,7 +30,7 @@ Tensor softmax_fwd(const Tensor& x, const OptionalTensor& mask_any, bool causal,
 Tensor softmax_bwd(const Tensor& dy, const Tensor& y_any, bool causal, double scale) {
   const OnDevice on(dy);
   const Tensor dy_rows = torch::stable::contiguous(dy), y = torch::stable::contiguous(y_any);
-  Tensor dx = torch::stable::empty_like(y);
+  Tensor dx = fresh_like(y);
   SoftmaxArgs args = softmax_args(y, causal, scale);
   args.dy = read(dy_rows);
   args.out = write(dx);

@@ -17,9 +17,13 @@
 #if defined(FASTATTN_HOST)
 #include "../host/model.h"
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastattn {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -129,6 +133,25 @@ inline Columns columns(const OptionalTensor& x) {
   return x ? Columns{read(*x), dtype_of(*x)} : Columns{};
 }
 
+// x, in huge pages where Linux gives them to those who ask (its "madvise", which most distributions
+// choose). Large memory comes fresh from the system, at a fault for every 4 KB: for the gradient of
+// 512 x 50257 logits they were 45 ms of 63, and are 7 ms in pages of 2 MB.
+inline Tensor in_huge_pages(Tensor x) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const uintptr_t bytes = x.numel() * x.element_size(), end = begin + bytes;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (bytes >= 2 * kPage && x.is_cpu())
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // refused: no harm
+#endif
+  return x;
+}
+inline Tensor fresh(const Tensor& like, IntHeaderOnlyArrayRef sizes) {
+  return in_huge_pages(torch::stable::new_empty(like, sizes));
+}
+inline Tensor fresh_like(const Tensor& x) { return in_huge_pages(torch::stable::empty_like(x)); }
+
 // A result laid out as its input, or of no elements where nobody needs it. A kernel writes rows;
 // where empty_like has none that are contiguous, as for an input that overlaps itself, they are
 // copied into it at the end.
@@ -137,10 +160,10 @@ class ResultLike {
   ResultLike(const OptionalTensor& input, bool needed, const Tensor& anchor)
       : needed_(input && needed),
         result_(
-            needed_ ? torch::stable::empty_like(*input) : torch::stable::new_empty(anchor, {0})),
+            needed_ ? fresh_like(*input) : torch::stable::new_empty(anchor, {0})),
         rows_(
             has_contiguous_rows(result_) ? result_
-                                         : torch::stable::new_empty(result_, result_.sizes())) {}
+                                         : fresh(result_, result_.sizes())) {}
   const Tensor& rows() const { return rows_; }
   RowMap map() const { return needed_ ? result_map(rows_) : RowMap(); }
   void* data() const { return needed_ ? write(rows_) : nullptr; }
