@@ -1,7 +1,7 @@
 """The most that this machine does, measured in the run that is held against it.
 
 flops: on a CPU nothing but multiply-adds in registers, on every thread (csrc/cpu/fma_loop-inl.h); on a
-GPU a product of two matrices in the dtype. bytes: a copy, its reads and writes both counted.
+GPU a product of two matrices in the dtype. bytes: a copy, its reads and writes both counted. read: a sum.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ def device_clock(device: str) -> Clock:
 
 
 def ceiling(device: str, dtype: torch.dtype, clock: Clock | None = None) -> dict[str, Any]:
-    """flops and bytes a second, and what was run to find the first."""
+    """flops, bytes and bytes read a second, and what was run to find the first."""
     clock = clock or device_clock(device)
     source = torch.zeros(COPY_BYTES // 4, device=device)
     target = torch.zeros_like(source)
-    found = {"bytes": 2 * COPY_BYTES / fastest(lambda: target.copy_(source), clock)}
+    found = {
+        "bytes": 2 * COPY_BYTES / fastest(lambda: target.copy_(source), clock),
+        "read": COPY_BYTES / fastest(lambda: source.sum(), clock),
+    }
     if torch.device(device).type == "cpu" and registry.usable()["cpu"] is None:
         return found | {"flops": fma_flops(clock), "by": f"FMA loop, {native.isa()}"}
     n = 8192 if torch.device(device).type != "cpu" else 1024

@@ -11,13 +11,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import geometric_mean
 from typing import Any
 
 import torch
 
 from .ceiling import Clock, ceiling, device_clock
-from .families import activation, attention, decode, linear_cross_entropy, norm, softmax
+from .families import (
+    activation,
+    attention,
+    decode,
+    generation,
+    inference,
+    linear_cross_entropy,
+    norm,
+    softmax,
+)
 from .families import attention_features as features
 from .families import cross_entropy as losses
 from .harness import Judged, measure
@@ -38,8 +48,8 @@ FP32, HALVES = (torch.float32,), (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Target:
-    """workloads: of a setting; `least` is the mean ratio that is asked for. threads: without so many it
-    means nothing."""
+    """workloads: of a setting; `least` is the mean ratio that is asked for, over the fastest of rivals.
+    threads: without so many it means nothing."""
 
     work: str
     least: float
@@ -47,6 +57,7 @@ class Target:
     workloads: Callable[[Setting], Iterable[Workload]] = field(repr=False)
     dtypes: tuple[torch.dtype, ...] = FP32
     threads: int = 1
+    rivals: tuple[str, ...] = TORCHS
 
 
 def dense(setting: Setting) -> Iterable[Workload]:
@@ -63,6 +74,11 @@ def one(make: Callable[..., Workload], *arguments: Any) -> Callable[[Setting], I
 
 def decoding(*shapes: tuple[int, ...]) -> Callable[[Setting], Iterable[Workload]]:
     return lambda setting: (decode.workload(setting, *shape) for shape in shapes)
+
+
+def whole(work: str, least: float, make: Callable[..., Workload], *arguments: Any) -> Target:
+    """A model in inference, against transformers'."""
+    return Target(work, least, "forward", one(make, *arguments), rivals=(inference.RIVAL,))
 
 
 def over_one_thread(setting: Setting) -> Iterator[Workload]:
@@ -123,30 +139,34 @@ TARGETS = (
     Target("bias and gelu tanh", 5, "forward", one(activation.workload, "gelu tanh bias", 2048, 3072)),
     Target("swiglu", 3, "forward", one(activation.workload, "swiglu", 2048, 3072)),
     Target("a tiny call", 1, "forward", one(attention.workload, 1, 12, 16, 64, False)),
-    Target("two threads over one", 1.85, "both", over_one_thread, threads=2),
+    Target("two threads over one", 1.85, "both", over_one_thread, threads=2, rivals=(ONE_THREAD,)),
+    whole("GPT-2, a token", 1.3, generation.workload, 1, 512),
+    whole("GPT-2, a prompt", 1.15, inference.workload, "GPT-2 prefill", 1, 512),
+    whole("BERT", 1.05, inference.workload, "BERT", 8, 128),
+    whole("BERT, padded", 2, inference.workload, "BERT padded", 16, 256),
 )  # fmt: skip
 GROWTH = "growth"  # of time and memory over S, a word like those of the targets
 
 
-def against_torch(workload: Workload, direction: str) -> Workload:
-    """With torch's own ways alone beside fastattn, or itself on one thread."""
-    rivals = (ONE_THREAD,) if any(c.name == ONE_THREAD for c in workload.contestants) else TORCHS
+def against_torch(workload: Workload, direction: str, rivals: Sequence[str] = TORCHS) -> Workload:
+    """With torch's own ways alone beside fastattn, or other rivals, and naive, by which all are judged."""
     named = tuple(c for c in workload.contestants if c.name in (OURS, NAIVE, *rivals))
     return replace(workload, contestants=named, directions=(direction,))
 
 
-def far_behind(right: Sequence[Judged]) -> dict[str, str]:
-    """Who took much longer than another rival already when judged: only the fastest one counts. Naive,
-    which is there to judge by, does not count against one thread."""
-    rivals = [found for found in right if found.contestant.name != OURS]
-    if any(found.contestant.name == ONE_THREAD for found in rivals):
-        return {NAIVE: "it is there to judge by"}
-    best = min((found.seconds for found in rivals), default=0.0)
-    return {
-        found.contestant.name: f"judged, it took {found.seconds / best:.0f} times as long as the best"
-        for found in rivals
-        if found.seconds > max(SLOW * best, SHORT)
+def far_behind(right: Sequence[Judged], rivals: Sequence[str] = TORCHS) -> dict[str, str]:
+    """Who took much longer than another rival already when judged: only the fastest one counts. Naive
+    is not always one."""
+    seconds = {found.contestant.name: found.seconds for found in right}
+    best = min((seconds[name] for name in rivals if name in seconds), default=0.0)
+    behind = {
+        name: f"judged, it took {seconds[name] / best:.0f} times as long as the best"
+        for name in rivals
+        if name in seconds and seconds[name] > max(SLOW * best, SHORT)
     }
+    if NAIVE in seconds and NAIVE not in rivals:
+        behind[NAIVE] = "it is there to judge by"
+    return behind
 
 
 def run_targets(
@@ -199,11 +219,13 @@ def reach(
     """Adds the target's rows to results. mean and least: of fastattn's ratios to torch's best."""
     ratios: list[float] = []
     for workload in target.workloads(Setting(dtype)):
-        versus = against_torch(workload, target.direction)
-        rows, absent = measure(versus, clock, seconds, unwanted=far_behind)
+        versus = against_torch(workload, target.direction, target.rivals)
+        unwanted = partial(far_behind, rivals=target.rivals)
+        rows, absent = measure(versus, clock, seconds, unwanted=unwanted)
         results.rows += rows
         results.absent += absent
-        ratios += [min(row.ratios.values()) for row in rows if row.contestant == OURS]
+        ours = (row.ratios for row in rows if row.contestant == OURS and row.ratios)
+        ratios += [min(found.values()) for found in ours]
     mean, least = (geometric_mean(ratios), min(ratios)) if ratios else (0.0, 0.0)
     return {
         "work": target.work, "dtype": name_of(dtype), "direction": target.direction,

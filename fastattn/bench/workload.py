@@ -62,8 +62,8 @@ class Cost:
 class Workload:
     """sizes are what a row of results is known by; `S` and `B` among them give the growth over S.
     make() gives inputs in fp64, make_judged() fewer of them (fewer heads, say) where the truth of all
-    would not fit into memory. keep: inputs that stay in fp32. bound: whether operations or bytes are
-    what the work is measured in."""
+    would not fit into memory. keep: inputs that stay in fp32. bound: what the work is
+    measured in: flops, bytes, or read, bytes of which hardly any are written."""
 
     family: str
     case: str

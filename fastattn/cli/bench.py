@@ -133,14 +133,15 @@ def show(results: Results) -> None:
 def family_table(family: str, rows: Sequence[Row], results: Results) -> Table:
     ceiling = results.ceilings[rows[0].dtype]
     bound = rows[0].bound
-    what = str(ceiling["by"]) if bound == "flops" else "a copy"
+    what = {"flops": str(ceiling["by"]), "bytes": "a copy", "read": "reading"}[bound]
     size = f"{float(ceiling[bound]) / 1e9:.0f} {unit(bound)} ({what})"
     table = Table(title=family, caption=CAPTION.format(ceiling=size))
     for head in ("case", "dtype", "direction", "who"):
         table.add_column(head, no_wrap=True)
     counted = any(row.joules is not None for row in rows)
+    floor = bound == "read"  # and there is a time that nobody can pass
     heads = ("ms", "spread", unit(bound), "ceiling", "memory MB", "times fastattn")
-    for head in (*heads, "J") if counted else heads:
+    for head in (*heads, *["J"] * counted, *["floor ms"] * floor):
         table.add_column(head, justify="right", no_wrap=True)
     last: tuple[str, ...] = ()
     for row in rows:
@@ -148,7 +149,8 @@ def family_table(family: str, rows: Sequence[Row], results: Results) -> Table:
         if last and at != last:
             table.add_section()
         joules = "" if row.joules is None else digits(row.joules)
-        own = (*cells(row, results), joules) if counted else cells(row, results)
+        at_ceiling = digits(1e3 * row.moved / float(ceiling[bound]))
+        own = (*cells(row, results), *[joules] * counted, *[at_ceiling] * floor)
         table.add_row(*(at if at != last else ("", "", "")), *own)
         last = at
     return table

@@ -96,6 +96,8 @@ SMALL = {
     "cross_entropy": lambda f, s: f.workload(s, 7, 50),
     "linear_cross_entropy": lambda f, s: f.workload(s, 7, 16, 50),
     "activation": lambda f, s: f.workload(s, "gelu tanh bias", 7, 33),
+    "inference": lambda f, s: f.workload(s, "BERT padded", 3, 24, (16, 1, 2, 32)),
+    "generation": lambda f, s: f.workload(s, 2, 8, (16, 1, 2, 32)),
     "models": lambda f, s: f.workload(s, "GPT-2", 2, 8, f.config("GPT-2", 8, 16, 1, 2, 32)),
 }
 

@@ -5,7 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastattn.bench import targets
-from fastattn.bench.families import attention, attention_features
+from fastattn.bench.families import attention, attention_features, generation, inference
 from fastattn.bench.harness import Judged, judged, measure
 from fastattn.bench.workload import NAIVE, OURS, Contestant, Setting
 from fastattn.cli import app
@@ -23,7 +23,9 @@ def test_who_is_far_behind_is_not_timed():
     assert told == {NAIVE: "judged, it took 10 times as long as the best"}
     assert not targets.far_behind(found(fastattn=9.0, naive=0.4, sdpa=0.01))  # too short to tell
     assert not targets.far_behind(found(fastattn=9.0))
-    assert list(targets.far_behind(found(naive=1.0, **{targets.ONE_THREAD: 4.0}))) == [NAIVE]
+    alone = (targets.ONE_THREAD,)
+    assert list(targets.far_behind(found(naive=1.0, **{alone[0]: 4.0}), alone)) == [NAIVE]
+    assert not targets.far_behind(found(**{alone[0]: 4.0}), alone)
 
 
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="two threads are compared with one")
@@ -51,6 +53,31 @@ def test_growth_alone(monkeypatch):
     assert {g.case for g in results.growth() if g.contestant == OURS} == {"causal", "window 32"}
     assert {row.sizes["S"] for row in results.rows} == {64, 128, 256}
     assert results.about["command"].startswith("fastattn bench --targets growth --threads ")
+
+
+def test_whole_models_are_held_against_transformers_and_a_floor(monkeypatch):
+    pytest.importorskip("transformers")
+    tiny = targets.whole("tiny", 0.1, generation.workload, 1, 8, (16, 1, 2, 32))
+    monkeypatch.setattr(targets, "TARGETS", (tiny,))
+    results = targets.run_targets(["tiny"], seconds=0.0)
+    (got,) = results.targets
+    assert {row.contestant for row in results.rows} == {OURS, inference.RIVAL} and got["mean"] > 0
+    assert results.ceilings["float32"]["read"] > 1e7
+    assert all(
+        row.bound == "read" and row.moved == 4 * (12 * 256 + 32 * 16 + 2 * 9 * 16)
+        for row in results.rows
+    )
+
+
+def test_without_transformers_a_whole_model_reaches_nothing(monkeypatch):
+    tiny = targets.whole("tiny", 0.1, inference.workload, "BERT padded", 3, 24, (16, 1, 2, 32))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    results = targets.Results()
+    got = targets.reach(tiny, torch.float32, targets.device_clock("cpu"), 0.0, results)
+    assert not got["reached"] and {row.contestant for row in results.rows} == {OURS}
+    assert [a.reason for a in results.absent if a.contestant == inference.RIVAL] == [
+        "transformers is not installed"
+    ]
 
 
 def test_one_target_from_the_command_line():

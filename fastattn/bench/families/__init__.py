@@ -9,6 +9,8 @@ from . import (
     attention_features,
     cross_entropy,
     decode,
+    generation,
+    inference,
     linear_cross_entropy,
     models,
     norm,
@@ -25,4 +27,6 @@ FAMILIES: dict[str, Callable[[Setting], Iterator[Workload]]] = {
     "linear_cross_entropy": linear_cross_entropy.workloads,
     "activation": activation.workloads,
     "models": models.workloads,
+    "inference": inference.workloads,
+    "generation": generation.workloads,
 }
