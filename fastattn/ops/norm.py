@@ -107,11 +107,16 @@ def run(
     spec: NormSpec,
     generator: torch.Generator | None,
     backend: str | None,
+    philox: Tensor | None = None,
 ) -> Any:
+    """philox: (seed, offset) of the dropout, for who wants to know them; None: drawn from generator."""
     check(name, x, residual, weight, bias, spec, generator)
     rms, eps, offset, dropout_p, return_residual = spec
     spec = NormSpec(rms, float(eps), float(offset), float(dropout_p), return_residual)
-    philox = dispatch.draw_philox(x, generator) if spec.dropout_p > 0 else None
+    if spec.dropout_p == 0:
+        philox = None
+    elif philox is None:
+        philox = dispatch.draw_philox(x, generator)
     features = {
         "residual": residual is not None,
         "dropout": spec.dropout_p > 0,
