@@ -74,16 +74,17 @@ static const float* bias_row(const Columns& bias, int64_t C) {
 template <class T, Act kAct>
 static void gelu_forward(const GeluArgs& args) {
   const float* bias = bias_row(args.bias, args.C);
+  const bool past = goes_past(args.R * args.C, 2);
   parallel_spans(args.R, args.C, [&](int64_t row, int64_t begin, int64_t end) {
     const T* x = row_of<T>(args.x, row) + begin;
     T* y = row_of<T>(args.y, row) + begin;
     if (bias == nullptr)
-      return for_vectors(end - begin, [=](int64_t c, auto n) FA_STEP {
-        store(y + c, curve<kAct>(load(x + c, n)).value, n);
+      return map_vectors(y, end - begin, past, [=](int64_t c, auto n) FA_STEP {
+        return curve<kAct>(load(x + c, n)).value;
       });
     const float* b = bias + begin;
-    for_vectors(end - begin, [=](int64_t c, auto n) FA_STEP {
-      store(y + c, curve<kAct>(load(x + c, n) + load(b + c, n)).value, n);
+    map_vectors(y, end - begin, past, [=](int64_t c, auto n) FA_STEP {
+      return curve<kAct>(load(x + c, n) + load(b + c, n)).value;
     });
   });
 }
@@ -125,12 +126,13 @@ static void gelu_bwd(const GeluArgs& args) { FASTATTN_DISPATCH(args.dtype, gelu_
 
 template <class T, Act kAct>
 static void glu_forward(const GluArgs& args) {
+  const bool past = goes_past(args.R * args.C, 3);
   parallel_spans(args.R, args.C, [&](int64_t row, int64_t begin, int64_t end) {
     const T* gate = row_of<T>(args.gate, row) + begin;
     const T* up = row_of<T>(args.up, row) + begin;
     T* y = row_of<T>(args.y, row) + begin;
-    for_vectors(end - begin, [=](int64_t c, auto n) FA_STEP {
-      store(y + c, curve<kAct>(load(gate + c, n)).value * load(up + c, n), n);
+    map_vectors(y, end - begin, past, [=](int64_t c, auto n) FA_STEP {
+      return curve<kAct>(load(gate + c, n)).value * load(up + c, n);
     });
   });
 }

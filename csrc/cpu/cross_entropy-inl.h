@@ -6,18 +6,6 @@ namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t kPieceEntries = 2048;  // 8 KB of fp32: read from memory once, then from L1
 
-// Four chains each, because an addition takes 4 cycles and a vector arrives every half one.
-template <class T>
-FA_INLINE float largest_entry(const T* x, int64_t C) {
-  Vec most[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
-    FA_FOR (i, 4) most[i] = max(most[i], load(x + c + i * kLanes));
-  for (; c + kLanes <= C; c += kLanes) most[0] = max(most[0], load(x + c));
-  if (c < C) most[1] = max(most[1], load_first(x + c, C - c, -kInf));
-  return reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
-}
-
 template <class T>
 FA_INLINE float sum_exp(const T* x, int64_t C, float shift) {
   return sum_vectors(C, [=](int64_t c, auto lanes) FA_STEP {
@@ -34,7 +22,8 @@ static void cross_entropy_row(const CrossEntropyArgs& args, int64_t row) {
   for (int64_t start = 0; start < V; start += kPieceEntries) {
     const int64_t n = smaller(kPieceEntries, V - start);
     const T* piece = x + start;
-    const float most = largest_entry(piece, n);
+    const float most = max_vectors(
+        n, [=](int64_t c, auto lanes) FA_STEP { return load(piece + c, lanes, -kInf); });
     if (most > row_max) {
       row_sum *= std::exp((double)row_max - most);
       row_max = most;
@@ -84,9 +73,10 @@ static void cross_entropy_grad_row(const CrossEntropyArgs& args, int64_t row) {
   // before dx, which may be x, is written
   const float p_target = std::exp(to_float(x[target]) - lse);
   const Vec factor = splat(scale), shift = splat(lse), smooth = splat(even);
-  for_vectors(V, [=](int64_t c, auto n) FA_STEP {
+  const bool past = dx != x && goes_past(args.R * V, 2);  // its line is not there yet
+  map_vectors(dx, V, past, [=](int64_t c, auto n) FA_STEP {
     const Vec p = exp(load(x + c, n) - shift);
-    store(dx + c, fma(p, factor, -smooth), n);
+    return fma(p, factor, -smooth);
   });
   from_float(scale * p_target - even - chosen, dx + target);
 }

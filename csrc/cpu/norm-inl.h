@@ -121,12 +121,12 @@ FA_INLINE NormStats norm_stats(const float* z, int64_t C, bool rms, float eps) {
 
 template <class T>
 static void norm_output(
-    const float* z, NormStats stats, NormWeights w, const RowMap& out, int64_t row, int64_t C) {
-  T* y = row_of<T>(out, row);
+    const float* z, NormStats stats, NormWeights w, const NormArgs& args, int64_t row) {
+  T* y = row_of<T>(args.y, row);
   const Vec mean = splat(stats.mean), rstd = splat(stats.rstd);
-  for_vectors(C, [=](int64_t c, auto n) FA_STEP {
+  map_vectors(y, args.C, goes_past(args.R * args.C, 2), [=](int64_t c, auto n) FA_STEP {
     const Vec h = (load(z + c, n) - mean) * rstd;
-    store(y + c, fma(h, load(w.weight + c, n), load(w.bias + c, n)), n);
+    return fma(h, load(w.weight + c, n), load(w.bias + c, n));
   });
 }
 
@@ -139,7 +139,7 @@ static void norm_row(const NormArgs& args, NormWeights weights, int64_t row) {
   const NormStats stats = norm_stats(z, args.C, args.rms, args.eps);
   if (!args.rms) args.mean[row] = stats.mean;
   args.rstd[row] = stats.rstd;
-  FASTATTN_DISPATCH(args.dtype, norm_output, z, stats, weights, args.y, row, args.C);
+  FASTATTN_DISPATCH(args.dtype, norm_output, z, stats, weights, args, row);
   if (args.summed.data != nullptr && !(fp32_sum && z == buffer))
     FASTATTN_DISPATCH(args.residual_dtype, write_row, z, args.summed, row, args.C);
 }

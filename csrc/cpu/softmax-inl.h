@@ -4,61 +4,50 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// One row's kept logits, scaled, into z; entries that are not kept become -inf.
+// z = scale * x where it is kept, else -inf.
 template <class T>
-FA_INLINE Vec softmax_logits(
+FA_INLINE void kept_logits(
     const T* x, const uint8_t* keep, int64_t keep_col, int64_t C, float scale, float* z) {
+  map_vectors(
+      z, C, false, [=](int64_t c, auto n) FA_STEP { return load(x + c, n) * splat(scale); });
+  if (keep == nullptr) return;
+  for (int64_t c = 0; c < C; ++c) z[c] = keep[c * keep_col] ? z[c] : -kInf;
+}
+
+// z = exp(scale * x - their maximum), and the sum. scale is not 0: times it, what lanes past the
+// end hold must be -inf.
+template <class T>
+FA_INLINE float exponentials(const T* x, int64_t C, float scale, float* z) {
+  const float nothing = scale < 0 ? kInf : -kInf;
   const Vec factor = splat(scale);
-  Vec highest[4], row_max;  // chains: a maximum takes 4 cycles
-  FA_FOR (i, 4) highest[i] = splat(-kInf);
-  const auto step = [&](int64_t c, Vec* largest) FA_STEP {
-    const Vec v = load(x + c) * factor;
-    store(z + c, v);
-    *largest = max(v, *largest);
-  };
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
-    FA_FOR (i, 4) step(c + i * kLanes, &highest[i]);
-  for (; c + kLanes <= C; c += kLanes) step(c, &highest[0]);
-  row_max = max(max(highest[0], highest[1]), max(highest[2], highest[3]));
-  if (c < C) store_first(z + c, load_first(x + c, C - c) * factor, C - c);
-  if (keep == nullptr && c == C) return row_max;
-  if (keep == nullptr) return max(load_first(z + c, C - c, -kInf), row_max);
-  row_max = splat(-kInf);
-  for (c = 0; c < C; ++c) z[c] = keep[c * keep_col] ? z[c] : -kInf;
-  for (c = 0; c + kLanes <= C; c += kLanes) row_max = max(load(z + c), row_max);
-  return c < C ? max(load_first(z + c, C - c, -kInf), row_max) : row_max;
+  const float most =
+      max_vectors(C, [=](int64_t c, auto n) FA_STEP { return load(x + c, n, nothing) * factor; });
+  const Vec shift = splat(most == -kInf ? 0.f : most);
+  return sum_mapped(z, C, [=](int64_t c, auto n) FA_STEP {
+    return exp(fma(load(x + c, n, nothing), factor, -shift));
+  });
 }
 
 template <class T>
 FA_INLINE void softmax_row(const SoftmaxArgs& args, int64_t row, float* z) {
   const T* x = (const T*)args.x + row * args.C;
   T* y = (T*)args.out + row * args.C;
-  int64_t C = args.C;
-  if (args.causal) C = row % args.Sq + args.C - args.Sq + 1;
-  C = C < 0 ? 0 : C;
+  const int64_t seen = args.causal ? row % args.Sq + args.C - args.Sq + 1 : args.C;
+  const int64_t C = larger(0, seen);
   const uint8_t* keep = (const uint8_t*)args.mask.data;
   if (keep != nullptr) keep += args.mask.offset(row);
-  const float row_max = reduce_max(softmax_logits(x, keep, args.mask.col, C, args.scale, z));
-  const Vec shift = splat(row_max == -kInf ? 0.f : row_max);
-  prefetch(x + args.C, args.C * (int64_t)sizeof(T));
-  Vec sums = {};
-  int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) {
-    const Vec p = exp(load(z + c) - shift);
-    store(z + c, p);
-    sums += p;
+  prefetch(x + args.C, smaller(C + 1, args.C) * (int64_t)sizeof(T));
+  float sum;
+  if (keep != nullptr || args.scale == 0) {
+    kept_logits(x, keep, args.mask.col, C, args.scale, z);
+    sum = exponentials(z, C, 1.f, z);
+  } else {
+    sum = exponentials(x, C, args.scale, z);
   }
-  if (c < C) {
-    const Vec p = exp(load_first(z + c, C - c, -kInf) - shift);
-    store_first(z + c, p, C - c);
-    sums += p;
-  }
-  const float sum = reduce_sum(sums);
   const Vec inverse = splat(sum == 0.f ? 0.f : 1.f / sum);
-  for (c = 0; c + kLanes <= C; c += kLanes) store(y + c, load(z + c) * inverse);
-  if (c < C) store_first(y + c, load_first(z + c, C - c) * inverse, C - c);
-  if (C < args.C) std::memset(y + C, 0, (args.C - C) * sizeof(T));
+  const bool past = goes_past(args.R * args.C, 2);
+  map_vectors(y, C, past, [=](int64_t c, auto n) FA_STEP { return load(z + c, n) * inverse; });
+  map_vectors(y + C, args.C - C, past, [](int64_t, auto) FA_STEP { return Vec{}; });
 }
 
 template <class T>
@@ -66,17 +55,12 @@ FA_INLINE void softmax_grad_row(const SoftmaxArgs& args, int64_t row) {
   const T* y = (const T*)args.x + row * args.C;
   const T* dy = (const T*)args.dy + row * args.C;
   T* dx = (T*)args.out + row * args.C;
-  Vec sums = {};
-  int64_t c = 0;
-  for (; c + kLanes <= args.C; c += kLanes) sums = fma(load(y + c), load(dy + c), sums);
-  if (c < args.C) sums = fma(load_first(y + c, args.C - c), load_first(dy + c, args.C - c), sums);
-  const Vec dot = splat(reduce_sum(sums)), scale = splat(args.scale);
-  for (c = 0; c + kLanes <= args.C; c += kLanes)
-    store(dx + c, scale * load(y + c) * (load(dy + c) - dot));
-  if (c < args.C) {
-    const Vec tail = scale * load_first(y + c, args.C - c) * (load_first(dy + c, args.C - c) - dot);
-    store_first(dx + c, tail, args.C - c);
-  }
+  const Vec dot = splat(sum_vectors(
+      args.C, [=](int64_t c, auto n) FA_STEP { return load(y + c, n) * load(dy + c, n); }));
+  const Vec scale = splat(args.scale);
+  map_vectors(dx, args.C, goes_past(args.R * args.C, 3), [=](int64_t c, auto n) FA_STEP {
+    return scale * load(y + c, n) * (load(dy + c, n) - dot);
+  });
 }
 
 template <class T>

@@ -159,11 +159,8 @@ class ResultLike {
  public:
   ResultLike(const OptionalTensor& input, bool needed, const Tensor& anchor)
       : needed_(input && needed),
-        result_(
-            needed_ ? fresh_like(*input) : torch::stable::new_empty(anchor, {0})),
-        rows_(
-            has_contiguous_rows(result_) ? result_
-                                         : fresh(result_, result_.sizes())) {}
+        result_(needed_ ? fresh_like(*input) : torch::stable::new_empty(anchor, {0})),
+        rows_(has_contiguous_rows(result_) ? result_ : fresh(result_, result_.sizes())) {}
   const Tensor& rows() const { return rows_; }
   RowMap map() const { return needed_ ? result_map(rows_) : RowMap(); }
   void* data() const { return needed_ ? write(rows_) : nullptr; }
