@@ -3,8 +3,8 @@
 // or the threads, which a BLAS does not promise.
 //
 // A block of b's columns is packed as attention packs queries: NV vectors wide, one line for each
-// k. Rows of a are broadcast from where they lie, or from a copy where k is not their contiguous
-// dimension.
+// k. Entries of a are broadcast from where they lie, or from a copy, line by line as they lie,
+// where k is not their contiguous dimension.
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -14,7 +14,7 @@ struct Matmul {
   const MatmulArgs& args;
   int64_t rows_each, cols_each;
 
-  explicit Matmul(const MatmulArgs& args) : args(args), rows_each(192), cols_each(8 * width()) {
+  explicit Matmul(const MatmulArgs& args) : args(args), rows_each(256), cols_each(8 * width()) {
     // few tasks leave threads idle, and packing pays by rows; how a product is cut changes no bit
     while (tasks() < 16 && cols_each > width()) cols_each /= 2;
     rows_each = cuts(cuts(args.M, cuts(args.M, rows_each)), 8) * 8;
@@ -30,21 +30,28 @@ struct Matmul {
     float* packed = thread_scratch(0, kTerms * cols_each);
     for (int64_t k = 0; k == 0 || k < args.K; k += kTerms) {
       const int64_t terms = smaller(kTerms, args.K - k);
-      const Tile<float> a = read_rows(row, rows, k, terms);
+      const Entries a = read_entries(row, rows, k, terms);
       pack_columns(k, terms, col, cols, packed);
       for (int64_t c = 0; c < cols; c += width())
-        multiply_any(a, rows, terms, packed + c * kTerms, row, col + c, cols - c, k == 0);
+        multiply_any(a, rows, terms, packed + c * kTerms, {row, col + c, cols - c, k == 0});
     }
   }
 
-  Tile<float> read_rows(int64_t row, int64_t rows, int64_t k, int64_t terms) const {
+  // Rows of terms, or where by_terms terms of rows: entry (r, t) lies at r * stride + t, or the
+  // other way round.
+  struct Entries {
+    const float* data;
+    int64_t stride;
+    bool by_terms;
+  };
+  Entries read_entries(int64_t row, int64_t rows, int64_t k, int64_t terms) const {
     const float* from = args.a + row * args.a_row + k * args.a_col;
-    if (args.a_col == 1) return {from, args.a_row};
+    if (args.a_col == 1) return {from, args.a_row, false};
     float* copy = thread_scratch(1, rows_each * kTerms);
     for (int64_t t = 0; t < terms; ++t)
       for (int64_t r = 0; r < rows; ++r)
-        copy[r * kTerms + t] = from[r * args.a_row + t * args.a_col];
-    return {copy, kTerms};
+        copy[t * rows_each + r] = from[r * args.a_row + t * args.a_col];
+    return {copy, rows_each, true};
   }
 
   // Group after group of `width` columns, at the distance that all terms would take.
@@ -73,31 +80,67 @@ struct Matmul {
     }
   }
 
+  struct Place {
+    int64_t row, col, cols;
+    bool first;  // nothing of this product stands there yet
+  };
+
   void multiply_any(
-      const Tile<float>& a, int64_t rows, int64_t terms, const float* packed, int64_t row,
-      int64_t col, int64_t cols, bool first) const {
-    switch (smaller(kGroupVectors, cuts(cols, kLanes))) {
-      case 3: return multiply<3>(a, rows, terms, packed, row, col, cols, first);
-      case 2: return multiply<2>(a, rows, terms, packed, row, col, cols, first);
-      default: return multiply<1>(a, rows, terms, packed, row, col, cols, first);
-    }
-  }
-  template <int NV>
-  __attribute__((noinline)) void multiply(
-      const Tile<float>& a, int64_t rows, int64_t terms, const float* packed, int64_t row,
-      int64_t col, int64_t cols, bool first) const {
-    float* sums = thread_scratch(2, rows_each * width());
-    Vec ignored[NV] = {};
-    dot_rows<NV>(a, rows, packed, terms, 1.f, sums, ignored);
-    for (int v = 0; v < NV; ++v) {
-      const int64_t at = col + v * kLanes, n = smaller(kLanes, cols - v * kLanes);
-      for (int64_t r = 0; r < rows; ++r)
-        put(load(sums + (r * NV + v) * kLanes), args.out + (row + r) * args.out_row + at, at, n,
-            first);
+      const Entries& a, int64_t rows, int64_t terms, const float* packed, Place place) const {
+    switch (smaller(kGroupVectors, cuts(place.cols, kLanes))) {
+      case 3: return multiply<3>(a, rows, terms, packed, place);
+      case 2: return multiply<2>(a, rows, terms, packed, place);
+      default: return multiply<1>(a, rows, terms, packed, place);
     }
   }
 
-  void put(Vec sum, float* out, int64_t col, int64_t n, bool first) const {
+  template <int NV>
+  void multiply(
+      const Entries& a, int64_t rows, int64_t terms, const float* packed, Place place) const {
+    if (a.by_terms)
+      multiply_by<NV, true>(a, rows, terms, packed, place);
+    else
+      multiply_by<NV, false>(a, rows, terms, packed, place);
+  }
+
+  template <int NV, bool kByTerms>
+  __attribute__((noinline)) void multiply_by(
+      const Entries& a, int64_t rows, int64_t terms, const float* packed, Place place) const {
+    constexpr int MR = tile_rows(NV);
+    const auto tile = [&](auto size, int64_t r) FA_STEP {
+      const float* from = a.data + (kByTerms ? r : r * a.stride);
+      put_tile<NV, decltype(size)::value, kByTerms>(from, a.stride, terms, packed, place, r);
+    };
+    int64_t r = 0;
+    for (; r + MR <= rows; r += MR) tile(std::integral_constant<int, MR>{}, r);
+    for (; r + 4 <= rows; r += 4) tile(std::integral_constant<int, 4>{}, r);
+    for (; r < rows; ++r) tile(std::integral_constant<int, 1>{}, r);
+  }
+
+  template <int NV, int MR, bool kByTerms>
+  FA_STEP void put_tile(
+      const float* a, int64_t stride, int64_t terms, const float* packed, Place place,
+      int64_t r0) const {
+    Vec s[MR][NV];
+    FA_FOR (r, MR)
+      FA_FOR (v, NV) s[r][v] = Vec{};
+    for (int64_t t = 0; t < terms; ++t) {
+      Vec b[NV];
+      FA_FOR (v, NV) b[v] = load(packed + (t * NV + v) * kLanes);
+      FA_FOR (r, MR) {
+        const Vec x = splat(kByTerms ? a[t * stride + r] : a[r * stride + t]);
+        FA_FOR (v, NV) s[r][v] = fma(x, b[v], s[r][v]);
+      }
+    }
+    FA_FOR (r, MR)
+      FA_FOR (v, NV) {
+        const int64_t at = place.col + v * kLanes;
+        float* out = args.out + (place.row + r0 + r) * args.out_row + at;
+        put(s[r][v], out, at, smaller(kLanes, place.cols - v * kLanes), place.first);
+      }
+  }
+
+  FA_STEP void put(Vec sum, float* out, int64_t col, int64_t n, bool first) const {
     const bool whole = n == kLanes;
     if (args.add || !first) sum += whole ? load(out) : load_first(out, n);
     if (first && args.bias != nullptr)

@@ -152,13 +152,14 @@ static void norm_fwd(const NormArgs& args) {
 // ---- backward ------------------------------------------------------------------------------
 
 // One row's g and h in two passes: their means (and the sums over rows: sums[0, C) for weight,
-// sums[C, 2C) for bias), then dz. g waits in dz, rounded: a fused g - mean(g) would not be 0 at C
+// sums[C, 2C) for bias), then dz. g waits, rounded: a fused g - mean(g) would not be 0 at C
 // = 1.
 template <bool kSums>
 static void norm_grad(
     const NormArgs& args, const float* z, const float* dy, NormStats stats, const float* weight,
-    float* sums, float* dz) {
+    float* sums, float* dz, bool past) {
   const int64_t C = args.C;
+  float* waiting = thread_scratch(7, C);
   const Vec mean = splat(stats.mean), rstd = splat(stats.rstd);
   const Pair dots = sum_pairs(C, [=](int64_t c, auto n) FA_STEP {
     const Vec h = (load(z + c, n) - mean) * rstd, grad = load(dy + c, n);
@@ -167,13 +168,13 @@ static void norm_grad(
       store(sums + C + c, grad + load(sums + C + c, n), n);
     }
     const Vec g = grad * load(weight + c, n);
-    store(dz + c, g, n);
+    store(waiting + c, g, n);
     return VecPair{g, g * h};
   });
   const Vec g_mean = splat(args.rms ? 0.f : dots.a / C), gh_mean = splat(dots.b / C);
-  for_vectors(C, [=](int64_t c, auto n) FA_STEP {
+  map_vectors(dz, C, past, [=](int64_t c, auto n) FA_STEP {
     const Vec h = (load(z + c, n) - mean) * rstd;
-    store(dz + c, rstd * (load(dz + c, n) - g_mean - h * gh_mean), n);
+    return rstd * (load(waiting + c, n) - g_mean - h * gh_mean);
   });
 }
 
@@ -189,7 +190,9 @@ static void norm_grad_row(const NormArgs& args, NormWeights weights, int64_t row
     prefetch_row(args.dtype, args.x, row + 1, args);
     prefetch_row(args.dtype, args.dy, row + 1, args);
     const NormStats stats = {args.rms ? 0.f : args.mean[row], args.rstd[row]};
-    norm_grad<kSums>(args, z, dy, stats, weights.weight, sums, dz);
+    const bool last = direct && args.dsummed.data == nullptr && args.dresidual.data == nullptr;
+    const bool past = last && goes_past(args.R * C, 3);
+    norm_grad<kSums>(args, z, dy, stats, weights.weight, sums, dz, past);
   } else {
     fill(dz, 0.f, C);
   }

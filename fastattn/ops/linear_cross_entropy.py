@@ -66,7 +66,7 @@ def linear_cross_entropy(
     """cross_entropy(hidden @ weight^T + bias, target) in chunks of rows.
 
     hidden: (..., E), weight: (V, E) as torch.nn.Linear stores it, bias: (V,), target: (...) int64.
-    Options, result and errors as in cross_entropy; the loss has hidden's dtype. At most 51 MB of
+    Options, result and errors as in cross_entropy; the loss has hidden's dtype. At most 52 MB of
     logits exist at a time. The products are torch's, so bits may depend on its number of threads.
     Wijmans et al. 2024, arXiv:2411.09009.
     """

@@ -68,7 +68,7 @@ def test_inputs_stay_unchanged_unless_asked():
 @pytest.mark.parametrize("bias", [None, BIAS], ids=["", "bias"])
 @pytest.mark.parametrize("chunk", [chunked.CHUNK, 20 * V])
 def test_linear_cross_entropy(reduction, bias, chunk, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK", chunk)  # 37 rows: one chunk, or 20 and 17
+    monkeypatch.setattr(chunked, "CHUNK", chunk)  # 37 rows: one chunk, or 19 and 18
     inputs = [x.clone().requires_grad_() for x in (HIDDEN, WEIGHT, bias) if x is not None]
     weights = torch.rand(R) if reduction == "none" else torch.tensor(3.0)
 
