@@ -32,12 +32,20 @@ Tensor attention_plain(
       std::nullopt, std::nullopt, 0, 0, diagonal_at_length, 0, 0));
 }
 
+// y of a call with few arguments.
+Tensor norm_plain(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, bool rms, double eps) {
+  return std::get<0>(norm_fwd(x, residual, weight, bias, std::nullopt, rms, eps, 0.0, 0.0, false));
+}
+
 }  // namespace fastattn::cpu_operators
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   using namespace fastattn::cpu_operators;
   implement(m);
   m.impl("attention_plain", TORCH_BOX(&attention_plain));
+  m.impl("norm_plain", TORCH_BOX(&norm_plain));
   m.impl("matmul", TORCH_BOX(&matmul));
   m.impl("matmul_add_", TORCH_BOX(&matmul_add_));
 }

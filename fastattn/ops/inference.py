@@ -1,7 +1,8 @@
-"""Attention that asks for nothing but causal, without gradients, on a CPU: the short way to the kernel.
+"""Attention that asks for nothing but causal, and norms, without gradients, on a CPU: a short way to kernels.
 
 The general way takes 46 us of Python and of a schema with 21 arguments, as long as a new token's attention
-over 400 keys. Whatever is not exactly as it is here goes the general way, which says what is wrong.
+over 400 keys; a norm's takes 24, as long as 100 rows of 768. Whatever is not exactly as it is here goes the
+general way, which says what is wrong.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, float scale, bool causal, "
     "bool diagonal_at_length) -> Tensor"
 )
+NORM_SCHEMA = (
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, bool rms, float eps) -> Tensor"
+)
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, whose own meaning the general way keeps
 
 _operator: Any = None
+_norm: Any = None
 
 
 def bind() -> None:
     """Once the CPU kernels are loaded."""
-    global _operator
+    global _operator, _norm
     torch.library.define("fastattn_cpu::attention_plain", SCHEMA)
+    torch.library.define("fastattn_cpu::norm_plain", NORM_SCHEMA)
     _operator = torch.ops.fastattn_cpu.attention_plain.default
+    _norm = torch.ops.fastattn_cpu.norm_plain.default
 
 
 def attend(
@@ -56,6 +63,32 @@ def attend(
         return _operator(query, key, value, key_lengths, D**-0.5, causal, at_length)
     except RuntimeError:
         return None
+
+
+def normalise(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rms: bool,
+    eps: float,
+) -> Tensor | None:
+    """y of layer_norm() or rms_norm(), bit for bit, or None where the call must go the general way."""
+    if _norm is None or transformed() or type(eps) is not float or not 0 <= eps < float("inf"):
+        return None
+    if type(x) not in PLAIN or x.dim() == 0 or x.dtype not in registry.KERNEL_FLOATS:
+        return None
+    row, gradients = x.shape[-1:], torch.is_grad_enabled()
+    for tensor, shape in ((x, x.shape), (residual, x.shape), (weight, row), (bias, row)):
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided:
+            return None
+        if (tensor.requires_grad and gradients) or tensor.is_nested or tensor.shape != shape:
+            return None
+        if tensor.dtype != x.dtype:
+            return None
+    return _norm(x, residual, weight, bias, rms, eps)
 
 
 def transformed() -> bool:

@@ -91,3 +91,39 @@ def test_gradients_modes_and_transforms_are_not_passed_by(monkeypatch):
     assert fa.attention(*(x.double() for x in (q, k, v))).dtype == torch.float64
     with pytest.raises(AssertionError, match="short way"):
         fa.attention(q, k, v)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 33), (64,), (0, 8), (3, 4, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [(), ("weight",), ("residual", "weight")])
+def test_the_same_bits_of_a_norm(shape, dtype, given):
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    weight, bias = torch.randn(2, shape[-1]).to(dtype)
+    weight = weight if "weight" in given else None
+    residual = residual if "residual" in given else None
+    for rms, norm, more in ((False, fa.layer_norm, {"bias": bias}), (True, fa.rms_norm, {})):
+        short = inference.normalise(x, residual, weight, more.get("bias"), rms, 1e-5)
+        assert short is not None
+        general = norm(x, weight, eps=1e-5, residual=residual, **more, backend="cpu")
+        assert torch.equal(short, general)
+        assert torch.equal(norm(x, weight, eps=1e-5, residual=residual, **more), general)
+
+
+def test_a_norm_that_goes_the_general_way(monkeypatch):
+    monkeypatch.setattr(inference, "_norm", refuse)
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    fa.layer_norm(x.clone().requires_grad_(), weight)
+    fa.layer_norm(x, weight.double())
+    fa.layer_norm(x, return_residual=True)
+    fa.layer_norm(x, dropout_p=0.5)
+    fa.rms_norm(x, weight, weight_offset=1.0)
+    fa.layer_norm(x.double())
+    with fa.use_backend("reference"):
+        fa.layer_norm(x)
+    for wrong in (
+        {"x": x[..., :5]}, {"eps": -1.0}, {"eps": float("nan")}, {"residual": x[:1]}, {"dropout_p": -1.0},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="layer_norm: "):
+            fa.layer_norm(**{"x": x, "weight": weight, **wrong})
+    with pytest.raises(TypeError, match="layer_norm: "):
+        fa.layer_norm(x, weight, return_residual=0)
