@@ -37,6 +37,9 @@ FA_INLINE void softmax_row(const SoftmaxArgs& args, int64_t row, float* z) {
   const uint8_t* keep = (const uint8_t*)args.mask.data;
   if (keep != nullptr) keep += args.mask.offset(row);
   prefetch(x + args.C, smaller(C + 1, args.C) * (int64_t)sizeof(T));
+  // The line where zeros begin is written in two parts, through the cache: without this, stores
+  // wait for memory in every row.
+  if (args.causal) __builtin_prefetch(y + C, 1);
   float sum;
   if (keep != nullptr || args.scale == 0) {
     kept_logits(x, keep, args.mask.col, C, args.scale, z);
