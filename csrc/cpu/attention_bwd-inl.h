@@ -87,7 +87,9 @@ static __attribute__((noinline)) void grade_tile(
     score_few(entries_of(keys), n, in.few, block.rows, args.D, args.scale, scores);
     turn_few(scores, block.rows, n, out.weights);
   } else {
-    dot_rows<NV>(keys, n, in.queries + lane * D, D, args.scale, out.weights, ignored);
+    dot_rows<NV>(
+        keys, n, in.queries + lane * D, D, args.scale, out.weights, ignored,
+        ScoresAhead{args, block, group, s, key, n});
   }
   dot_rows<NV>(values, n, in.douts + lane * Dv, Dv, 1.f, out.dscores, ignored);
   if (is_featured(args)) modify_scores(args, block, group, s, key, n, out.weights, out.cap_slope);

@@ -203,6 +203,31 @@ static const float* gather(
   }
 }
 
+// Asks for the bias and the mask of a tile, some rows at a time between the products that come
+// first: all at once would wait for each other.
+struct ScoresAhead {
+  const AttentionArgs& args;
+  const Block& block;
+  const Group& group;
+  const Sequence& s;
+  int64_t key, n;
+
+  void operator()(int64_t k) const {
+    if (args.bias.data == nullptr && args.mask.data == nullptr) return;
+    const int W = group.vectors * kLanes, step = 8 * W / kTileKeys;
+    const int64_t first = group.lane + k * step / 8;
+    for (int64_t r = first; r < smaller(first + step, group.lane + W); ++r) {
+      ask(args.bias, bytes_of(args.bias.dtype), r);
+      ask(args.mask, 1, r);
+    }
+  }
+  void ask(const Scores& x, int64_t size, int64_t r) const {
+    if (x.data == nullptr || x.col != 1) return;
+    const int64_t at = x.at(s.b, block.head[r], block.query[r]) + key;
+    prefetch((const char*)x.data + at * size, n * size);
+  }
+};
+
 // s = softcap * tanh(s / softcap); `slope` receives 1 - tanh^2, the derivative, where wanted.
 static void cap_scores(float softcap, int64_t entries, float* scores, float* slope) {
   const Vec cap = splat(softcap), inverse = splat(1.f / softcap);

@@ -127,24 +127,35 @@ static void pack(Dtype, const void* const* rows, int64_t cols, bf16x2* out, int6
     out[cols / 2 * W + l] = {rows[l] == nullptr ? bf16{} : ((const bf16*)rows[l])[cols - 1], {}};
 }
 
-// The way back: column c of `in`, times factors, becomes entry c of every row that is not null.
+// The way back: body(l, c, n, x) with entries [c, c + n) of row l, which are column c of `in` on.
+template <class Body>
+FA_INLINE void unpack_lanes(const float* in, int64_t W, int64_t cols, Body body) {
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) {
+    Vec x[kLanes];  // not set to 0 first, which would take as long as the rest
+    FA_FOR (l, kLanes) x[l] = load(in + (c + l) * W);
+    transpose(x);
+    FA_FOR (l, kLanes) body(l, c, kLanes, x[l]);
+  }
+  if (c == cols) return;
+  Vec x[kLanes] = {};
+  for (int64_t l = 0; l < cols - c; ++l) x[l] = load(in + (c + l) * W);
+  transpose(x);
+  for (int l = 0; l < kLanes; ++l) body(l, c, cols - c, x[l]);
+}
+
+// Column c of `in`, times factors, becomes entry c of every row that is not null.
 template <class T>
 static void unpack_rows(
     const float* in, int64_t W, int64_t cols, const float* factors, void* const* rows) {
-  const Vec factor = load(factors);
-  for (int64_t c = 0; c < cols; c += kLanes) {
-    const int64_t n = smaller(kLanes, cols - c);
-    Vec x[kLanes] = {};
-    for (int l = 0; l < n; ++l) x[l] = load(in + (c + l) * W) * factor;
-    transpose(x);
-    for (int l = 0; l < kLanes; ++l) {
-      if (rows[l] == nullptr) continue;
-      if (n == kLanes)
-        store((T*)rows[l] + c, x[l]);
-      else
-        store_first((T*)rows[l] + c, x[l], n);
-    }
-  }
+  unpack_lanes(in, W, cols, [&](int l, int64_t c, int64_t n, Vec x) __attribute__((always_inline)) {
+    if (rows[l] == nullptr) return;
+    T* out = (T*)rows[l] + c;
+    if (n == kLanes)
+      store(out, x * splat(factors[l]));
+    else
+      store_first(out, x * splat(factors[l]), n);
+  });
 }
 static void unpack(
     Dtype dtype, const float* in, int64_t W, int64_t cols, const float* factors,
@@ -154,20 +165,14 @@ static void unpack(
 
 // Adds column c of `in`, times factor, to entry c of every fp32 row that is not null.
 static void unpack_add(const float* in, int64_t W, int64_t cols, float factor, void* const* rows) {
-  for (int64_t c = 0; c < cols; c += kLanes) {
-    const int64_t n = smaller(kLanes, cols - c);
-    Vec x[kLanes] = {};
-    for (int l = 0; l < n; ++l) x[l] = load(in + (c + l) * W) * splat(factor);
-    transpose(x);
-    for (int l = 0; l < kLanes; ++l) {
-      float* row = (float*)rows[l] + c;
-      if (rows[l] == nullptr) continue;
-      if (n == kLanes)
-        store(row, load(row) + x[l]);
-      else
-        store_first(row, load_first(row, n) + x[l], n);
-    }
-  }
+  unpack_lanes(in, W, cols, [&](int l, int64_t c, int64_t n, Vec x) __attribute__((always_inline)) {
+    if (rows[l] == nullptr) return;
+    float* row = (float*)rows[l] + c;
+    if (n == kLanes)
+      store(row, load(row) + x * splat(factor));
+    else
+      store_first(row, load_first(row, n) + x * splat(factor), n);
+  });
 }
 
 template <class T>
@@ -240,13 +245,15 @@ FA_INLINE void dot_tile(
 }
 
 // out (n x W) = factor * (rows (n x D) by columns (D x W)), and the largest entry of each column.
-template <int NV, class Word>
+// before(k): called where row k is next, between products.
+template <int NV, class Word, class Before>
 FA_INLINE void dot_rows(
     const Tile<Word>& rows, int64_t n, const Word* columns, int64_t D, float factor, float* out,
-    Vec (&largest)[NV]) {
+    Vec (&largest)[NV], Before before) {
   constexpr int MR = tile_rows(NV);
   const auto tile = [&](auto size, int64_t k) __attribute__((always_inline)) {
     constexpr int rows_now = decltype(size)::value;
+    before(k);
     Vec s[rows_now][NV];
     dot_tile<NV, rows_now>(rows.data + k * rows.stride, rows.stride, columns, D, s);
     FA_FOR (r, rows_now)
@@ -260,6 +267,13 @@ FA_INLINE void dot_rows(
   for (; k + MR <= n; k += MR) tile(std::integral_constant<int, MR>{}, k);
   for (; k + 4 <= n; k += 4) tile(std::integral_constant<int, 4>{}, k);
   for (; k < n; ++k) tile(std::integral_constant<int, 1>{}, k);
+}
+
+template <int NV, class Word>
+FA_INLINE void dot_rows(
+    const Tile<Word>& rows, int64_t n, const Word* columns, int64_t D, float factor, float* out,
+    Vec (&largest)[NV]) {
+  dot_rows<NV>(rows, n, columns, D, factor, out, largest, [](int64_t) {});
 }
 
 // out (cols x W) = out * alpha + rows^T (cols x n) by weights (n x W): O += V^T P, or dQ += K^T dS.

@@ -160,10 +160,10 @@ static AttentionArgs attention_args(const Call& call, Held* held) {
 
 // out lies as query does: heads before rows, or rows before heads.
 static Tensor empty_out(const Tensor& query, int64_t Dv) {
-  if (query.dim() == 3) return torch::stable::new_empty(query, {query.size(0), query.size(1), Dv});
+  if (query.dim() == 3) return fresh(query, {query.size(0), query.size(1), Dv});
   const int64_t B = query.size(0), Hq = query.size(1), Sq = query.size(2);
-  if (query.stride(1) >= query.stride(2)) return torch::stable::new_empty(query, {B, Hq, Sq, Dv});
-  return torch::stable::transpose(torch::stable::new_empty(query, {B, Sq, Hq, Dv}), 1, 2);
+  if (query.stride(1) >= query.stride(2)) return fresh(query, {B, Hq, Sq, Dv});
+  return torch::stable::transpose(fresh(query, {B, Sq, Hq, Dv}), 1, 2);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 
   Tensor dbias = nothing(query), dslopes = nothing(query), dsinks = nothing(query), sums;
   if (bias && (needs >> 3 & 1)) {
-    dbias = torch::stable::empty_like(*held.bias);
+    dbias = fresh_like(*held.bias);
     torch::stable::zero_(dbias);
     write(dbias);
     grads.dbias = scores(dbias);
