@@ -184,12 +184,12 @@ FA_INLINE Pair sum_pairs(int64_t C, Term term) {
 // out = a, out = a + b, each in its own dtype.
 template <class A, class Out>
 static void convert(const A* a, Out* out, int64_t C) {
-  for_vectors(C, [=](int64_t c, auto n) FA_STEP { store(out + c, load(a + c, n), n); });
+  map_vectors(out, C, false, [=](int64_t c, auto n) FA_STEP { return load(a + c, n); });
 }
 template <class A, class B>
 static void add(const A* a, const B* b, float* out, int64_t C) {
-  for_vectors(
-      C, [=](int64_t c, auto n) FA_STEP { store(out + c, load(a + c, n) + load(b + c, n), n); });
+  map_vectors(
+      out, C, false, [=](int64_t c, auto n) FA_STEP { return load(a + c, n) + load(b + c, n); });
 }
 
 // ---- sums over rows ------------------------------------------------------------------------
