@@ -9,6 +9,7 @@ from .integrations.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from .nn.linear import quantize
 from .ops import cpu as _cpu  # noqa: F401  (registers the C++ kernels)
 from .ops import cuda as _cuda  # noqa: F401  (registers the CUDA kernels)
 from .ops import triton as _triton  # noqa: F401  (registers the Triton kernels)
@@ -47,6 +48,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "merge",
+    "quantize",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "cache.h"
 #include "cross_entropy.h"
+#include "linear.h"
 #include "matmul.h"
 #include "norm.h"
 #include "rotary.h"
@@ -23,6 +24,7 @@ struct Kernels {
   void (*gelu_bwd)(const GeluArgs&);
   void (*glu_fwd)(const GluArgs&);
   void (*glu_bwd)(const GluArgs&);
+  void (*linear)(const LinearArgs&);  // a CPU's alone
   void (*matmul)(const MatmulArgs&);  // a CPU's alone
   void (*norm_fwd)(const NormArgs&);
   void (*norm_bwd)(const NormArgs&);

@@ -10,6 +10,7 @@
 #include "activation-inl.h"
 #include "cross_entropy-inl.h"
 #include "fma_loop-inl.h"
+#include "linear-inl.h"
 #include "matmul-inl.h"
 #include "norm-inl.h"
 #include "rotary-inl.h"
@@ -33,6 +34,7 @@ const IsaKernels kernels = {
             .gelu_bwd = gelu_bwd,
             .glu_fwd = glu_fwd,
             .glu_bwd = glu_bwd,
+            .linear = linear,
             .matmul = matmul,
             .norm_fwd = norm_fwd,
             .norm_bwd = norm_bwd,

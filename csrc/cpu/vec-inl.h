@@ -161,6 +161,18 @@ FA_INLINE Vec load(const uint8_t* p) {
 #endif
 }
 
+FA_INLINE Vec load(const int8_t* p) {
+#if defined(FASTATTN_AVX512)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(FASTATTN_AVX2)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  Vec v = {};
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // The first n < kLanes entries; the other lanes read as `fill` and are not written. They go
 // through a buffer, save floats on AVX-512: for 1000 columns the buffer was a tenth of a softmax.
 template <class T>

@@ -17,6 +17,7 @@ static const Tensor& to_host(const Tensor& x) { return x; }
 
 }  // namespace fastattn::cpu_operators
 
+#include "linear-inl.h"
 #include "matmul-inl.h"
 #include "operators-inl.h"
 
@@ -45,6 +46,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   using namespace fastattn::cpu_operators;
   implement(m);
   m.impl("attention_plain", TORCH_BOX(&attention_plain));
+  m.impl("linear_fwd", TORCH_BOX(&linear_fwd));
+  m.impl("linear_plain", TORCH_BOX(&linear_fwd));
   m.impl("norm_plain", TORCH_BOX(&norm_plain));
   m.impl("matmul", TORCH_BOX(&matmul));
   m.impl("matmul_add_", TORCH_BOX(&matmul_add_));

@@ -26,7 +26,7 @@ from .checkpoint import Config, PretrainedModel
 from .layers import (
     ACTIVATIONS,
     Packing,
-    activate,
+    activated,
     attend,
     attention_mask_of,
     class_labels,
@@ -207,8 +207,7 @@ class BertIntermediate(nn.Module):
         self.act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.dense.weight)  # the bias belongs to the activation
-        return activate(self.act, h, self.dense.bias)
+        return activated(self.act, self.dense, x)
 
 
 class BertLayer(nn.Module):
@@ -319,8 +318,7 @@ class BertTransform(nn.Module):
         self.act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.dense.weight)
-        return self.LayerNorm(activate(self.act, h, self.dense.bias))
+        return self.LayerNorm(activated(self.act, self.dense, x))
 
 
 class BertPredictions(nn.Module):

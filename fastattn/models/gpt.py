@@ -25,7 +25,7 @@ from ..ops.cross_entropy import cross_entropy
 from .checkpoint import Config, PretrainedModel
 from .layers import (
     ACTIVATIONS,
-    activate,
+    activated,
     attend,
     attention_mask_of,
     class_labels,
@@ -135,6 +135,10 @@ class Conv1D(nn.Module):
         flat = torch.addmm(self.bias, x.flatten(0, -2), self.weight)
         return flat.unflatten(0, x.shape[:-1])
 
+    def product(self, x: Tensor) -> Tensor:
+        """forward without the bias, for the activation that adds it."""
+        return x @ self.weight
+
 
 class GPT2Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -196,8 +200,7 @@ class GPT2MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = activate(self.act, x @ self.c_fc.weight, self.c_fc.bias)
-        return self.dropout(self.c_proj(h))
+        return self.dropout(self.c_proj(activated(self.act, self.c_fc, x)))
 
 
 class GPT2Block(nn.Module):

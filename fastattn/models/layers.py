@@ -44,11 +44,20 @@ OTHER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS = (*GELU_FORMS, *OTHER_ACTIVATIONS)
 
 
-def activate(name: str, x: Tensor, bias: Tensor) -> Tensor:
+def activated(name: str, dense: nn.Module, x: Tensor) -> Tensor:
+    """The activation of dense(x), fused with its bias where dense can leave that out."""
+    if type(dense) is nn.Linear:
+        return activate(name, F.linear(x, dense.weight), dense.bias)
+    if hasattr(dense, "product"):  # Conv1D, QuantizedLinear
+        return activate(name, dense.product(x), dense.bias)  # type: ignore[operator, arg-type]
+    return activate(name, dense(x), None)
+
+
+def activate(name: str, x: Tensor, bias: Tensor | None) -> Tensor:
     """The activation of x + bias, fused where it is a gelu."""
     if name in GELU_FORMS:
         return gelu(x, bias=bias, approximate=GELU_FORMS[name])
-    return OTHER_ACTIVATIONS[name](x + bias)
+    return OTHER_ACTIVATIONS[name](x if bias is None else x + bias)
 
 
 def attend(

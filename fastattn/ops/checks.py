@@ -157,6 +157,28 @@ def is_generator(operator: str, generator: Any, like: Tensor) -> None:
         )
 
 
+def is_weight(operator: str, weight: Tensor, scale: Tensor | None) -> None:
+    if weight.dtype == torch.int8 and scale is None:
+        raise ValueError(f"{operator}: a weight in int8 needs its scale, got None")
+    if weight.dtype != torch.int8 and scale is not None:
+        raise ValueError(
+            f"{operator}: a scale belongs to a weight in int8, got one in {dtype_name(weight.dtype)}"
+        )
+    if weight.dtype not in (torch.int8, torch.bfloat16):
+        raise TypeError(
+            f"{operator}: weight must be int8 with a scale or bfloat16, got {dtype_name(weight.dtype)}"
+        )
+
+
+def is_frozen(operator: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{operator}: {name} is a constant and has no gradient, got one that requires_grad; "
+                "train what is beside it, as LoRA does, or the weight before it is quantized"
+            )
+
+
 # ---- attention ----------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import torch
 
 from .. import registry
 from ..kernels import native
-from . import inference, losses
+from . import inference, linear, losses
 from .catalogue import KERNELS
 
 MATMULS = {
@@ -25,6 +25,7 @@ def bind() -> None:
     for name, schema in MATMULS.items():
         torch.library.define(f"fastattn_cpu::{name}", schema)
     inference.bind()
+    linear.bind()
     losses.bind("cpu", ("CPU",))
 
 

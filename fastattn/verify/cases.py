@@ -16,6 +16,8 @@ from torch import Tensor
 
 import fastattn as fa
 
+from ..ops.linear import linear
+
 Inputs = dict[str, Tensor]
 
 
@@ -428,6 +430,38 @@ def rotary_cases() -> Iterator[Case]:
             yield rows_case("rotary", f"{kind}, learned", name, shapes, learned)
 
 
+def linear_cases() -> Iterator[Case]:
+    def case(
+        feature: str, name: str, R: int = 5, K: int = 100, N: int = 37, bias: bool = True,
+        group: int | None = None,
+    ) -> Case:  # fmt: skip
+        def make() -> Inputs:
+            x = {"x": torch.randn(R, K, dtype=torch.float64)}
+            if feature == "bfloat16":
+                x["weight"] = torch.randn(N, K, dtype=torch.float64)
+            else:
+                x["weight"] = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+                groups = () if group is None else (-(-K // group),)
+                x["scale"] = torch.rand(N, *groups, dtype=torch.float64) / 64
+            return x | ({"bias": torch.randn(N, dtype=torch.float64)} if bias else {})
+
+        def call(x: Inputs, b: Any, g: Any) -> tuple[Tensor, ...]:
+            weight = x["weight"].detach()
+            if feature == "bfloat16":
+                weight = weight.to(torch.bfloat16)
+            scale = x["scale"].detach() if "scale" in x else None
+            return (linear(x["x"], weight, scale, bias=x.get("bias"), group_size=group, backend=b),)
+
+        return Case("linear", feature, name, make, call, keep=frozenset({"scale"}))
+
+    for feature in ("int8", "bfloat16"):
+        for R, K, N in ((1, 1, 1), (1, 768, 96), (4, 65, 50), (9, 1030, 7), (50, 31, 49)):
+            yield case(feature, f"{R}x{K}->{N}", R, K, N)
+        yield case(feature, "no bias", bias=False)
+    for R, K, group in ((1, 256, 64), (6, 100, 32), (60, 2100, 96), (3, 20, 32)):
+        yield case("int8 in groups", f"{R}x{K} by {group}", R, K, group=group)
+
+
 CASES: tuple[Case, ...] = (
     *attention_cases(),
     *norm_cases(),
@@ -435,4 +469,5 @@ CASES: tuple[Case, ...] = (
     *loss_cases(),
     *activation_cases(),
     *rotary_cases(),
+    *linear_cases(),
 )

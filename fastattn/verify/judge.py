@@ -32,6 +32,7 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": linear_cross_entropy,
     "gelu": reference.gelu,
     "glu": reference.glu,
+    "linear": reference.linear,
     "rotary": reference.rotary,
     "rotary_tables": reference.rotary,
 }

@@ -8,8 +8,9 @@ otherwise. The error rule's naive baseline is the same function with accumulate=
 from .activation import gelu, glu
 from .attention import attention
 from .cross_entropy import cross_entropy
+from .linear import linear
 from .norm import norm
 from .rotary import rotary
 from .softmax import softmax
 
-__all__ = ["attention", "cross_entropy", "gelu", "glu", "norm", "rotary", "softmax"]
+__all__ = ["attention", "cross_entropy", "gelu", "glu", "linear", "norm", "rotary", "softmax"]
