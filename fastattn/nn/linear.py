@@ -122,7 +122,7 @@ class QuantizedLinear(nn.Module):
 def stored(owner: str, dtype: str | torch.dtype, group_size: int | None) -> torch.dtype:
     """The dtype that a weight is kept in."""
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if kind not in DTYPES.values():
+    if kind is None or kind not in DTYPES.values():
         raise ValueError(f"{owner}: dtype must be int8 or bfloat16, got {dtype!r}")
     if group_size is not None:
         checks.is_int(owner, "group_size", group_size, GROUP)

@@ -90,8 +90,7 @@ def linear(
     if bias is not None:
         checks.has_shape("linear", "bias", bias, weight.shape[:1], layout="(N,)")
     if x.dim() == 1:
-        y = linear(x[None], weight, scale, bias=bias, group_size=group_size, backend=backend)
-        return y[0]
+        return linear(x[None], weight, scale, bias=bias, group_size=group_size, backend=backend)[0]
     features = ["groups"] if group_size else []
     arguments = (x, weight, scale, bias, group_size or 0)
     y: Tensor = dispatch.run(dispatch.request("linear", x, features, arguments), backend)

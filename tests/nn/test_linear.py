@@ -285,7 +285,7 @@ def test_a_layer_in_two_places_is_one_layer_after():
 
 def test_a_layer_alone_is_no_model():
     with pytest.raises(
-        ValueError, match="the model is itself a Linear; use QuantizedLinear.from_linear"
+        ValueError, match=r"the model is itself a Linear; use QuantizedLinear\.from_linear"
     ):
         quantize(nn.Linear(3, 3))
     with pytest.raises(TypeError, match="a Tanh is no linear layer"):
