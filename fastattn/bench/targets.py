@@ -175,16 +175,16 @@ def run_targets(
     seconds: float = 2.0,
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Results:
-    """Those whose work has one of these words in it, or all; GROWTH too. seconds: of rounds, a workload."""
+    """Those whose work and dtype ("decode, float32") have one of these words in them, or all; GROWTH too. seconds: of rounds, a workload."""
     start = time.perf_counter()
     chosen = [
         (target, dtype) for target in TARGETS for dtype in target.dtypes
         if (not words and target.threads <= torch.get_num_threads())
-        or any(word in target.work for word in words)
+        or any(word in f"{target.work}, {name_of(dtype)}" for word in words)
     ]  # fmt: skip
     growth = list(long(Setting(torch.float32))) if not words or GROWTH in words else []
     if not chosen and not growth:
-        raise ValueError(f"no target has any of these words in it: {', '.join(words)}")
+        raise ValueError(f"no target has any of these words in it: {'; '.join(words)}")
     clock = device_clock("cpu")
     results = Results(about=about("cpu", quick=False))
     results.about["command"] = command(words)

@@ -86,6 +86,15 @@ def test_one_target_from_the_command_line():
     assert "a tiny call" in done.stdout and "two threads" not in done.stdout
 
 
+def test_words_choose_dtypes_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        targets, "reach", lambda target, dtype, *rest: asked.append((target.work, dtype))
+    )
+    targets.run_targets(["decode, bfloat16", "tiny"])
+    assert asked == [("decode", torch.bfloat16), ("a tiny call", torch.float32)]
+
+
 def test_every_direction_that_is_asked_for_is_measured():
     small = attention.workload(FP32, 1, 1, 16, 16, False)
     rows, _ = measure(targets.against_torch(small, "both"), targets.device_clock("cpu"), 0.0)
