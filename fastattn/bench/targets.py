@@ -175,7 +175,8 @@ def run_targets(
     seconds: float = 2.0,
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Results:
-    """Those whose work and dtype ("decode, float32") have one of these words in them, or all; GROWTH too. seconds: of rounds, a workload."""
+    """Those whose work and dtype ("decode, float32") have one of these words in them, or all; GROWTH too.
+    seconds: of rounds, a workload."""
     start = time.perf_counter()
     chosen = [
         (target, dtype) for target in TARGETS for dtype in target.dtypes
