@@ -108,7 +108,7 @@ def target_table(results: Results) -> str:
     return (
         "Held against the fastest of torch's own ways, shape by shape:\n\n"
         + markdown(heads, rows, words=3)
-        + "\n\nWhy a target is not reached, with figures, stands in "
+        + "\n\nWhat is known of why a target is not reached stands in "
         "[benchmarks/LOG.md](benchmarks/LOG.md)."
     )
 
