@@ -68,7 +68,7 @@ def as_rows(found: Sequence[Compared]) -> dict[str, str]:
 def workloads(device: str, dtypes: Sequence[torch.dtype], quick: bool) -> list[Workload]:
     """Of every operator; models are made of those."""
     settings = [Setting(dtype, device, quick) for dtype in dtypes]
-    names = [name for name in FAMILIES if name != "models"]
+    names = [name for name in FAMILIES if name not in ("models", "inference", "generation")]
     return [w for name in names for setting in settings for w in FAMILIES[name](setting)]
 
 

@@ -10,13 +10,15 @@ from . import pick
 
 pytest.importorskip("triton")
 
+A_CPU_S_ALONE = {"linear"}  # with weights in few bits: elsewhere the reference serves it
+
 
 def check(case, dtype, device):
     verdict = judge(case, dtype, "triton", device)
     assert not verdict.failed, verdict.explain()
     if verdict.declined is not None:
         assert "triton" in verdict.declined
-        assert case.feature == "head dimension"
+        assert case.feature == "head dimension" or case.operator in A_CPU_S_ALONE
 
 
 @pick.in_one_dtype(pick.of())
