@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..ops.checks import dtype_name
 from ..verify import spread
 from .ceiling import ceiling, device_clock
 from .energy import find_meter
@@ -60,7 +61,7 @@ def run_bench(
     results.about["energy"] = meter if isinstance(meter, str) else meter.name
     for dtype in dtypes:
         progress("the ceiling of this machine", 0.0)
-        results.ceilings[str(dtype).removeprefix("torch.")] = ceiling(device, dtype)
+        results.ceilings[dtype_name(dtype)] = ceiling(device, dtype)
     for at, workload in enumerate(chosen):
         budget = QUICK_SECONDS if quick else SECONDS
         if seconds is not None:
@@ -87,7 +88,7 @@ def command(
     """What one types to make the same run."""
     first = settings[0]
     words = ["fastattn bench", *families]
-    words += [f"--dtype {str(setting.dtype).removeprefix('torch.')}" for setting in settings]
+    words += [f"--dtype {dtype_name(setting.dtype)}" for setting in settings]
     words += ["--quick"] * first.quick + ["--compile"] * first.compile
     words += [f"--seconds {seconds:g}"] if seconds is not None else []
     where = f"--device {first.device}" if first.on_gpu else f"--threads {torch.get_num_threads()}"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .. import registry
-from .families import FAMILIES
+from .families import FAMILIES, MODELS
 from .harness import Absent, Row
 from .workload import NAIVE, OURS, Setting, Workload
 
@@ -68,7 +68,7 @@ def as_rows(found: Sequence[Compared]) -> dict[str, str]:
 def workloads(device: str, dtypes: Sequence[torch.dtype], quick: bool) -> list[Workload]:
     """Of every operator; models are made of those."""
     settings = [Setting(dtype, device, quick) for dtype in dtypes]
-    names = [name for name in FAMILIES if name not in ("models", "inference", "generation")]
+    names = [name for name in FAMILIES if name not in MODELS]
     return [w for name in names for setting in settings for w in FAMILIES[name](setting)]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from .. import registry
 from ..kernels import native
+from ..ops.checks import dtype_name
 
 COPY_BYTES = 256 << 20  # beyond any cache
 Clock = Callable[[], float]
@@ -57,8 +58,8 @@ def ceiling(device: str, dtype: torch.dtype, clock: Clock | None = None) -> dict
     n = 8192 if torch.device(device).type != "cpu" else 1024
     x = torch.randn(n, n, device=device, dtype=dtype)
     seconds = fastest(lambda: x @ x, clock)
-    name = str(dtype).removeprefix("torch.")
-    return found | {"flops": 2 * n**3 / seconds, "by": f"product of {n} x {n}, {name}"}
+    by = f"product of {n} x {n}, {dtype_name(dtype)}"
+    return found | {"flops": 2 * n**3 / seconds, "by": by}
 
 
 def fma_flops(clock: Clock, steps: int = 1_000_000) -> float:

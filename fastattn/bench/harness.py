@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.checks import dtype_name
 from ..verify.cases import Case
 from ..verify.judge import ratio, run
 from ..verify.models import resident_bytes
@@ -247,7 +248,7 @@ def missing(
     directions: tuple[str, ...] | None = None,
 ) -> Absent:  # fmt: skip
     return Absent(
-        workload.family, workload.case, workload.sizes, dtype_name(workload), name, reason, wrong,
+        workload.family, workload.case, workload.sizes, dtype_name(workload.dtype), name, reason, wrong,
         directions or workload.directions,
     )  # fmt: skip
 
@@ -321,11 +322,7 @@ def as_row(
     ratios = {other: median(found) for other, found in over_rounds.items()}
     spreads = {other: quantiles(found, n=4)[::2] for other, found in over_rounds.items()}
     return Row(
-        workload.family, workload.case, workload.sizes, dtype_name(workload), direction, name,
+        workload.family, workload.case, workload.sizes, dtype_name(workload.dtype), direction, name,
         median(own), low, high, len(own), flops, moved, workload.bound, peak, error, ratios,
         spreads,
     )  # fmt: skip
-
-
-def dtype_name(workload: Workload) -> str:
-    return str(workload.dtype).removeprefix("torch.")

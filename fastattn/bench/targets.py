@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..ops.checks import dtype_name
 from .ceiling import Clock, ceiling, device_clock
 from .families import (
     activation,
@@ -181,7 +182,7 @@ def run_targets(
     chosen = [
         (target, dtype) for target in TARGETS for dtype in target.dtypes
         if (not words and target.threads <= torch.get_num_threads())
-        or any(word in f"{target.work}, {name_of(dtype)}" for word in words)
+        or any(word in f"{target.work}, {dtype_name(dtype)}" for word in words)
     ]  # fmt: skip
     growth = list(long(Setting(torch.float32))) if not words or GROWTH in words else []
     if not chosen and not growth:
@@ -190,10 +191,10 @@ def run_targets(
     results = Results(about=about("cpu", quick=False))
     results.about["command"] = command(words)
     dtypes = [dtype for _, dtype in chosen] or [torch.float32]
-    results.ceilings = {name_of(dtype): ceiling("cpu", dtype) for dtype in dict.fromkeys(dtypes)}
+    results.ceilings = {dtype_name(dtype): ceiling("cpu", dtype) for dtype in dict.fromkeys(dtypes)}
     steps = len(chosen) + len(growth)
     for at, (target, dtype) in enumerate(chosen):
-        progress(f"{target.work}, {name_of(dtype)}", at / steps)
+        progress(f"{target.work}, {dtype_name(dtype)}", at / steps)
         results.targets.append(reach(target, dtype, clock, seconds, results))
     for at, workload in enumerate(growth, len(chosen)):
         progress(workload.name, at / steps)
@@ -208,10 +209,6 @@ def command(words: Sequence[str]) -> str:
     """What one types to make the same run."""
     quoted = [f'"{word}"' if " " in word else word for word in words]
     return " ".join(["fastattn bench --targets", *quoted, f"--threads {torch.get_num_threads()}"])
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def reach(
@@ -229,7 +226,7 @@ def reach(
         ratios += [min(found.values()) for found in ours]
     mean, least = (geometric_mean(ratios), min(ratios)) if ratios else (0.0, 0.0)
     return {
-        "work": target.work, "dtype": name_of(dtype), "direction": target.direction,
+        "work": target.work, "dtype": dtype_name(dtype), "direction": target.direction,
         "target": target.least, "mean": mean, "least": least,
         "reached": mean >= target.least and least >= 1,
     }  # fmt: skip

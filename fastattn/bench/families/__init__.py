@@ -30,3 +30,4 @@ FAMILIES: dict[str, Callable[[Setting], Iterator[Workload]]] = {
     "inference": inference.workloads,
     "generation": generation.workloads,
 }
+MODELS = ("models", "inference", "generation")  # made of the operators that the others time

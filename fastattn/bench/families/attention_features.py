@@ -61,10 +61,15 @@ def windowed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return fa.attention(query, key, value, causal=True, window=(WINDOW, 0))
 
 
-def band(B: int, H: int, S: int) -> Inputs:
+def band(S: int, window: int) -> Tensor:
     """The window as a mask, for those who have no other word for it."""
     back = torch.arange(S)[:, None] - torch.arange(S)
-    return {"mask": (back >= 0) & (back <= WINDOW)}
+    return (back >= 0) & (back <= window)
+
+
+def in_band(S: int, window: int) -> float:
+    """How many True it has."""
+    return S * (window + 1) - window * (window + 1) / 2
 
 
 FORMS = {
@@ -74,7 +79,9 @@ FORMS = {
         biases=lambda H: H,
     ),
     "dropout": Form(dropout_p=0.1),
-    "window": Form(windowed, band, lambda S: S * (WINDOW + 1) - WINDOW * (WINDOW + 1) / 2),
+    "window": Form(
+        windowed, lambda B, H, S: {"mask": band(S, WINDOW)}, lambda S: in_band(S, WINDOW)
+    ),
     "narrow values": Form(),
 }
 
@@ -120,11 +127,10 @@ def long_window(setting: Setting, S: int, D: int) -> Workload:
         return {n: torch.randn(1, 1, S, D, dtype=torch.float64) for n in NAMES}
 
     def banded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        back = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
-        return naive(query, key, value, mask=(back >= 0) & (back <= LONG_WINDOW))
+        return naive(query, key, value, mask=band(query.shape[2], LONG_WINDOW))
 
     tensor = S * D * setting.dtype.itemsize
-    flops = 4.0 * D * (S * (LONG_WINDOW + 1) - LONG_WINDOW * (LONG_WINDOW + 1) / 2)
+    flops = 4.0 * D * in_band(S, LONG_WINDOW)
     return Workload(
         "attention_features", f"window {LONG_WINDOW}", {"B": 1, "H": 1, "S": S, "D": D}, setting.dtype,
         setting.device, Cost(flops, 4 * tensor, 2.5 * flops, 8 * tensor), "flops", make,

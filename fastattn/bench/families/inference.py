@@ -24,12 +24,8 @@ from ..peers import need
 from ..workload import NAIVE, OURS, Call, Contestant, Cost, Inputs, Setting, Workload
 from .models import config
 
-BASE = (
-    768,
-    12,
-    12,
-    None,
-)  # E, layers, heads, V: of BERT-base and of GPT-2 with 124 million weights
+# E, layers, heads, V: of BERT-base and of GPT-2 with 124 million weights
+BASE = (768, 12, 12, None)
 TINY = (256, 2, 4, 2048)
 LABELS = 9  # as many as names of persons, places and the like take
 SHORTEST = 16
