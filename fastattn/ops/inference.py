@@ -46,11 +46,7 @@ def attend(
     if _operator is None or transformed() or not (causal is True or causal is False):
         return None
     for x in (query, key, value):
-        if type(x) not in PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
-            return None
-        if (x.requires_grad and torch.is_grad_enabled()) or x.dtype != query.dtype or x.dim() != 4:
-            return None
-        if x.stride(3) != 1:
+        if not is_bare(x) or x.dtype != query.dtype or x.dim() != 4 or x.stride(3) != 1:
             return None
     B, Hq, _, D = query.shape
     _, Hkv, Sk, _ = value.shape
@@ -78,17 +74,20 @@ def normalise(
         return None
     if type(x) not in PLAIN or x.dim() == 0 or x.dtype not in registry.KERNEL_FLOATS:
         return None
-    row, gradients = x.shape[-1:], torch.is_grad_enabled()
+    row = x.shape[-1:]
     for tensor, shape in ((x, x.shape), (residual, x.shape), (weight, row), (bias, row)):
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided:
-            return None
-        if (tensor.requires_grad and gradients) or tensor.is_nested or tensor.shape != shape:
-            return None
-        if tensor.dtype != x.dtype:
+        if not is_bare(tensor) or tensor.shape != shape or tensor.dtype != x.dtype:
             return None
     return _norm(x, residual, weight, bias, rms, eps)
+
+
+def is_bare(x: Tensor) -> bool:
+    """A dense tensor of a CPU, without a meaning of its own and without a gradient."""
+    if type(x) not in PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled())
 
 
 def transformed() -> bool:

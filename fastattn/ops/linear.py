@@ -138,13 +138,8 @@ def without_gradient(
     which says what is wrong. Shapes and dtypes the operator checks itself."""
     if _plain is None or inference.transformed():
         return None
-    for t in (x, weight, scale, bias):
-        if t is None:
-            continue
-        if type(t) not in inference.PLAIN or not t.is_cpu or t.layout is not torch.strided:
-            return None
-        if t.is_nested or (t.requires_grad and torch.is_grad_enabled()):
-            return None
+    if not all(t is None or inference.is_bare(t) for t in (x, weight, scale, bias)):
+        return None
     try:
         return _plain(x, weight, scale, bias, group_size or 0)
     except RuntimeError:
