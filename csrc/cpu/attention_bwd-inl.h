@@ -83,7 +83,7 @@ static __attribute__((noinline)) void grade_tile(
   const int64_t D = words<Word>(args.D), Dv = words<Word>(args.Dv);
   // the forward's scores bit for bit: a rounding elsewhere is five times the error at logits of 100
   if (in.few != nullptr) {
-    float scores[kFewRows * kTileKeys];
+    float* scores = out.kept;  // which dropout fills later
     score_few(entries_of(keys), n, in.few, block.rows, args.D, args.scale, scores);
     turn_few(scores, block.rows, n, out.weights);
   } else {

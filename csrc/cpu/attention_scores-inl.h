@@ -212,13 +212,12 @@ struct ScoresAhead {
   const Sequence& s;
   int64_t key, n;
 
-  void operator()(int64_t k) const {
+  void operator()(int64_t k, int rows) const {
     if (args.bias.data == nullptr && args.mask.data == nullptr) return;
-    const int W = group.vectors * kLanes, step = 8 * W / kTileKeys;
-    const int64_t first = group.lane + k * step / 8;
-    for (int64_t r = first; r < smaller(first + step, group.lane + W); ++r) {
-      ask(args.bias, bytes_of(args.bias.dtype), r);
-      ask(args.mask, 1, r);
+    const int W = group.vectors * kLanes;  // as many of them as of the n products' rows
+    for (int64_t r = k * W / n; r < (k + rows) * W / n; ++r) {
+      ask(args.bias, bytes_of(args.bias.dtype), group.lane + r);
+      ask(args.mask, 1, group.lane + r);
     }
   }
   void ask(const Scores& x, int64_t size, int64_t r) const {

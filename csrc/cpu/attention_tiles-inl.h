@@ -244,16 +244,25 @@ FA_INLINE void dot_tile(
   }
 }
 
+// body(integral_constant R, k) for n rows, R at a time from row k on: whole tiles, then fours, then
+// ones.
+template <int MR, class Body>
+FA_INLINE void for_tiles(int64_t n, Body body) {
+  int64_t k = 0;
+  for (; k + MR <= n; k += MR) body(std::integral_constant<int, MR>{}, k);
+  for (; k + 4 <= n; k += 4) body(std::integral_constant<int, 4>{}, k);
+  for (; k < n; ++k) body(std::integral_constant<int, 1>{}, k);
+}
+
 // out (n x W) = factor * (rows (n x D) by columns (D x W)), and the largest entry of each column.
-// before(k): called where row k is next, between products.
+// before(k, R): called where rows [k, k + R) are next, between products.
 template <int NV, class Word, class Before>
 FA_INLINE void dot_rows(
     const Tile<Word>& rows, int64_t n, const Word* columns, int64_t D, float factor, float* out,
     Vec (&largest)[NV], Before before) {
-  constexpr int MR = tile_rows(NV);
-  const auto tile = [&](auto size, int64_t k) __attribute__((always_inline)) {
+  for_tiles<tile_rows(NV)>(n, [&](auto size, int64_t k) __attribute__((always_inline)) {
     constexpr int rows_now = decltype(size)::value;
-    before(k);
+    before(k, rows_now);
     Vec s[rows_now][NV];
     dot_tile<NV, rows_now>(rows.data + k * rows.stride, rows.stride, columns, D, s);
     FA_FOR (r, rows_now)
@@ -262,18 +271,14 @@ FA_INLINE void dot_rows(
         store(out + ((k + r) * NV + v) * kLanes, x);
         largest[v] = max(largest[v], x);
       }
-  };
-  int64_t k = 0;
-  for (; k + MR <= n; k += MR) tile(std::integral_constant<int, MR>{}, k);
-  for (; k + 4 <= n; k += 4) tile(std::integral_constant<int, 4>{}, k);
-  for (; k < n; ++k) tile(std::integral_constant<int, 1>{}, k);
+  });
 }
 
 template <int NV, class Word>
 FA_INLINE void dot_rows(
     const Tile<Word>& rows, int64_t n, const Word* columns, int64_t D, float factor, float* out,
     Vec (&largest)[NV]) {
-  dot_rows<NV>(rows, n, columns, D, factor, out, largest, [](int64_t) {});
+  dot_rows<NV>(rows, n, columns, D, factor, out, largest, [](int64_t, int) {});
 }
 
 // out (cols x W) = out * alpha + rows^T (cols x n) by weights (n x W): O += V^T P, or dQ += K^T dS.
@@ -283,8 +288,7 @@ template <int NV, class Word>
 FA_INLINE void add_rows(
     const Tile<Word>& rows, int64_t n, int64_t cols, const Word* weights, float* out,
     const Vec (&alpha)[NV]) {
-  constexpr int MR = tile_rows(NV);
-  const auto tile = [&](auto size, int64_t c) __attribute__((always_inline)) {
+  for_tiles<tile_rows(NV)>(cols, [&](auto size, int64_t c) __attribute__((always_inline)) {
     constexpr int cols_now = decltype(size)::value;
     Vec acc[cols_now][NV];
     FA_FOR (r, cols_now)
@@ -302,11 +306,7 @@ FA_INLINE void add_rows(
         float* at = out + ((c + r) * NV + v) * kLanes;
         store(at, fma(load(at), alpha[v], acc[r][v]));
       }
-  };
-  int64_t c = 0;
-  for (; c + MR <= cols; c += MR) tile(std::integral_constant<int, MR>{}, c);
-  for (; c + 4 <= cols; c += 4) tile(std::integral_constant<int, 4>{}, c);
-  for (; c < cols; ++c) tile(std::integral_constant<int, 1>{}, c);
+  });
 }
 
 // sum (n x cols) += weights (n x q, rows W apart) by rows (q x cols): dV += P dO, dK += dS Q.

@@ -106,15 +106,10 @@ struct Matmul {
   template <int NV, bool kByTerms>
   __attribute__((noinline)) void multiply_by(
       const Entries& a, int64_t rows, int64_t terms, const float* packed, Place place) const {
-    constexpr int MR = tile_rows(NV);
-    const auto tile = [&](auto size, int64_t r) FA_STEP {
+    for_tiles<tile_rows(NV)>(rows, [&](auto size, int64_t r) FA_STEP {
       const float* from = a.data + (kByTerms ? r : r * a.stride);
       put_tile<NV, decltype(size)::value, kByTerms>(from, a.stride, terms, packed, place, r);
-    };
-    int64_t r = 0;
-    for (; r + MR <= rows; r += MR) tile(std::integral_constant<int, MR>{}, r);
-    for (; r + 4 <= rows; r += 4) tile(std::integral_constant<int, 4>{}, r);
-    for (; r < rows; ++r) tile(std::integral_constant<int, 1>{}, r);
+    });
   }
 
   template <int NV, int MR, bool kByTerms>
